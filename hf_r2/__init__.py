@@ -1,0 +1,29 @@
+"""Train without outliers, compress to 1–8 bits, publish honestly: range regularization for Hugging Face models.
+
+Importing the package registers the quantization method `"hf_r2"` with transformers, so that `from_pretrained` reads
+and makes compressed checkpoints.
+"""
+
+from hf_r2 import losses
+from hf_r2.codecs import decode, encode
+from hf_r2.losses import RangeLoss
+from hf_r2.quantization import R2QuantizationConfig, R2Quantizer
+from hf_r2.report.statistics import weight_statistics
+from hf_r2.selection import select_weights
+from hf_r2.training import R2Mixin, R2Trainer, R2TrainingArguments
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "R2Mixin",
+    "R2QuantizationConfig",
+    "R2Quantizer",
+    "R2Trainer",
+    "R2TrainingArguments",
+    "RangeLoss",
+    "decode",
+    "encode",
+    "losses",
+    "select_weights",
+    "weight_statistics",
+]

@@ -1,0 +1,100 @@
+"""One weight through its codec and back."""
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hf_r2.codecs import palette, uniform
+from hf_r2.codecs.bitpack import pack, unpack
+from hf_r2.codecs.settings import METHODS, CodecSettings
+from hf_r2.grain import Grain
+
+CODECS: dict[str, ModuleType] = dict(zip(METHODS, (uniform, palette), strict=True))
+
+
+class SettingsByName(Protocol):
+    """Anything that knows the settings of a weight: `CodecSettings` itself or an `R2QuantizationConfig`."""
+
+    def settings_for(self, name: str | None) -> CodecSettings:
+        """Return the settings of the weight of this name."""
+
+
+@dataclass
+class Encoded:
+    """A compressed weight.
+
+    Args:
+        codes: packed codes, uint8, flat (see `hf_r2.codecs.bitpack`).
+        codebook: tensors of the codec by name: `scale` and `zero` (uniform), `lut` (palette).
+        shape: shape of the weight, output channels first.
+        dtype: dtype of the weight.
+        settings: the codec's settings.
+
+    """
+
+    codes: Tensor
+    codebook: dict[str, Tensor]
+    shape: torch.Size
+    dtype: torch.dtype
+    settings: CodecSettings
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.settings.bits
+
+    @property
+    def grain(self) -> Grain:
+        """Which elements share a codebook entry."""
+        return self.settings.grain
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed codes and the codebook."""
+        return self.codes.nbytes + sum(tensor.nbytes for tensor in self.codebook.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True bits per weight: 4 bits at grain 32 with a float32 scale are (32 · 4 + 32) / 32 = 5."""
+        return 8 * self.nbytes / self.shape.numel()
+
+
+def encode(weight: Tensor, config: SettingsByName, name: str | None = None) -> Encoded:
+    """Compress one weight.
+
+    Args:
+        weight: `(out, in, …)`, output channels first, any float dtype.
+        config: an `R2QuantizationConfig`, or `CodecSettings`.
+        name: the weight's parameter name, for a config with overrides and for messages.
+
+    Returns:
+        Codes and codebook on the weight's device.
+
+    Raises:
+        ValueError: for a weight with NaN or infinite values or without elements.
+
+    """
+    weight = weight.detach()
+    label = f"weight {name!r}" if name else "the weight"
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{label} has NaN or infinite values; the training that made it diverged")
+    settings = config.settings_for(name)
+    codes, codebook = CODECS[settings.method].quantize(weight, settings)
+    return Encoded(pack(codes, settings.bits), codebook, weight.shape, weight.dtype, settings)
+
+
+def decode(encoded: Encoded) -> Tensor:
+    """Restore a weight, with output channels first: float32 arithmetic, then its own dtype.
+
+    This is the one quantize function: training simulates, evaluation measures and reloading restores
+    `decode(encode(weight))`.
+
+    Raises:
+        ValueError: if the packed codes do not fit the shape.
+
+    """
+    codes = unpack(encoded.codes, encoded.bits, encoded.shape.numel()).reshape(encoded.shape)
+    return CODECS[encoded.settings.method].dequantize(codes, encoded.codebook, encoded.settings).to(encoded.dtype)

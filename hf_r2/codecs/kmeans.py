@@ -1,0 +1,159 @@
+"""Optimal k-means in one dimension.
+
+In one dimension the clusters of the best k-means are intervals of the sorted values, so dynamic programming finds the
+global optimum: `D_m(j) = min_i D_{m−1}(i) + cost(i, j)`, where cost(i, j) is the squared error of the points i … j−1
+around their mean. The cost is concave Monge, hence the best i never decreases with j, and all j of a layer are solved
+in O(n log n) by halving strides instead of O(n²) (Wu, 1991; Grønlund et al., arXiv 1701.07204).
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+EXACT_POINTS = 2048
+"""Rows up to this length are solved exactly; longer ones on this many bins, then polished on all their values."""
+
+_CHUNK_POINTS = 1 << 20  # points of rows handled at a time, which bounds the memory of the tables
+_POLISH_STEPS = 100
+
+
+def kmeans_1d(values: Tensor, k: int) -> Tensor:
+    """Cluster every row of a matrix.
+
+    Args:
+        values: `(rows, n)`, any float dtype; solved in float64.
+        k: number of clusters, 1–256. Rows with fewer distinct values repeat some of them.
+
+    Returns:
+        Sorted cluster means, float32, `(rows, k)`, on the device of the values.
+
+    """
+    rows = max(1, _CHUNK_POINTS // min(values.shape[1], EXACT_POINTS))
+    tables = [_solve(chunk.double().cpu().numpy(), k) for chunk in values.detach().split(rows)]
+    return torch.from_numpy(np.concatenate(tables)).to(device=values.device, dtype=torch.float32)
+
+
+def _solve(values: np.ndarray, k: int) -> np.ndarray:
+    ordered = np.sort(values, axis=1)
+    # Around its mean a row's squares lose no digits to a common offset
+    centre = ordered.mean(axis=1, keepdims=True)
+    ordered = ordered - centre
+    edges = _bin_edges(ordered)
+    first = _prefix_sums(ordered)
+    first_at, second_at = (np.take_along_axis(sums, edges, axis=1) for sums in (first, _prefix_sums(ordered**2)))
+    cuts = _optimal_cuts(edges.astype(np.float64), first_at, second_at, k)
+    empty = np.broadcast_to(ordered[:, -1:], (len(ordered), k))
+    means = _means(first, np.take_along_axis(edges, cuts, axis=1), empty)
+    if edges.shape[1] <= ordered.shape[1]:
+        means = _polish(ordered, first, means)
+    return np.sort(means, axis=1) + centre
+
+
+def _prefix_sums(values: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros((len(values), 1)), np.cumsum(values, axis=1)], axis=1)
+
+
+def _bin_edges(ordered: np.ndarray) -> np.ndarray:
+    """Cut sorted rows `(rows, n)` into points: single values, or half equal-count and half equal-width bins.
+
+    Equal counts resolve the bulk, equal widths the tails: neither alone survives an outlier at 100 sigma.
+    """
+    rows, n = ordered.shape
+    if n <= EXACT_POINTS:
+        return np.broadcast_to(np.arange(n + 1), (rows, n + 1))
+    half = EXACT_POINTS // 2
+    by_count = np.broadcast_to(np.linspace(0, n, half + 1).astype(np.int64), (rows, half + 1))
+    shares = np.linspace(0, 1, half + 1)[1:-1]
+    by_width = np.stack([np.searchsorted(row, row[0] + (row[-1] - row[0]) * shares) for row in ordered])
+    return np.sort(np.concatenate([by_count, by_width], axis=1), axis=1)
+
+
+def _optimal_cuts(count: np.ndarray, first: np.ndarray, second: np.ndarray, k: int) -> np.ndarray:
+    """Find the cuts of least squared error.
+
+    Args:
+        count: `(rows, points + 1)` prefix sums of the points' sizes.
+        first: prefix sums of their values.
+        second: prefix sums of their squares.
+        k: number of clusters; empty ones are allowed.
+
+    Returns:
+        Indices of points, `(rows, k + 1)`: cluster m holds the points from cut m up to cut m + 1.
+
+    """
+    rows, points = count.shape[0], count.shape[1] - 1
+    row = np.arange(rows)[:, None]
+    starts = np.zeros((k, rows, points + 1), dtype=np.int32)
+    error = _interval_cost(count, first, second, row, np.zeros((rows, 1), np.int64), np.arange(points + 1)[None])
+    for m in range(1, k):
+        starts[m], error = _next_layer(error, count, first, second)
+    cuts = np.empty((rows, k + 1), dtype=np.int64)
+    cuts[:, k] = points
+    for m in range(k - 1, -1, -1):
+        cuts[:, m] = starts[m, row[:, 0], cuts[:, m + 1]]
+    return cuts
+
+
+def _interval_cost(
+    count: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    row: np.ndarray,
+    start: np.ndarray,
+    stop: np.ndarray,
+) -> np.ndarray:
+    """Squared error of the points from start up to stop around their mean; an empty interval costs nothing."""
+    size = count[row, stop] - count[row, start]
+    total = first[row, stop] - first[row, start]
+    return second[row, stop] - second[row, start] - total**2 / np.maximum(size, 1)
+
+
+def _next_layer(
+    error: np.ndarray, count: np.ndarray, first: np.ndarray, second: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Add one cluster: for every j the best start i of the last cluster, and the error that leaves."""
+    rows, points = error.shape[0], error.shape[1] - 1
+    best = np.zeros((rows, points + 1), dtype=np.int64)
+    least_error = np.zeros_like(error)
+    stride = 1 << (points.bit_length() - 1)
+    while stride:
+        # The odd multiples of the stride; their neighbours at ±stride are solved and bracket the answer
+        j = np.arange(stride, points + 1, 2 * stride)
+        low = best[:, j - stride]
+        high = np.where(j + stride <= points, best[:, np.minimum(j + stride, points)], j)
+        length = (np.minimum(high, j) - low + 1).ravel()
+        begin = np.cumsum(length) - length
+        problem = np.repeat(np.arange(length.size), length)
+        i = np.arange(problem.size) - begin[problem] + low.ravel()[problem]
+        row, stop = problem // j.size, j[problem % j.size]
+        errors = error[row, i] + _interval_cost(count, first, second, row, i, stop)
+        least = np.minimum.reduceat(errors, begin)
+        hits = np.flatnonzero(errors == least[problem])
+        hit = hits[np.searchsorted(problem[hits], np.arange(length.size))]
+        best[:, j] = i[hit].reshape(low.shape)
+        least_error[:, j] = least.reshape(low.shape)
+        stride //= 2
+    return best, least_error
+
+
+def _means(first: np.ndarray, cuts: np.ndarray, empty: np.ndarray) -> np.ndarray:
+    """Means `(rows, k)` of the values between cuts `(rows, k + 1)`; empty clusters take the values given for them."""
+    size = np.diff(cuts, axis=1)
+    total = np.diff(np.take_along_axis(first, cuts, axis=1), axis=1)
+    return np.where(size > 0, total / np.maximum(size, 1), empty)
+
+
+def _polish(ordered: np.ndarray, first: np.ndarray, means: np.ndarray) -> np.ndarray:
+    """Lloyd's algorithm on all sorted values, from the means of the binned optimum, until no value changes cluster."""
+    values = torch.from_numpy(np.ascontiguousarray(ordered))
+    cuts = np.zeros((len(means), means.shape[1] + 1), dtype=np.int64)
+    cuts[:, -1] = ordered.shape[1]
+    for _ in range(_POLISH_STEPS):
+        means = np.sort(means, axis=1)
+        midpoints = torch.from_numpy(np.ascontiguousarray((means[:, :-1] + means[:, 1:]) / 2))
+        moved = torch.searchsorted(values, midpoints).numpy()
+        if np.array_equal(moved, cuts[:, 1:-1]):
+            break
+        cuts[:, 1:-1] = moved
+        means = _means(first, cuts, means)
+    return means

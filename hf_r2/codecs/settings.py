@@ -1,0 +1,74 @@
+"""What a codec needs to know about one weight."""
+
+from dataclasses import asdict, dataclass
+
+from hf_r2.grain import Grain, parse_grain
+
+METHODS = ("uniform", "palette")
+GRIDS = ("restricted", "full", "midrise")
+RANGES = ("min_max", "mse")
+
+
+@dataclass(frozen=True)
+class CodecSettings:
+    """Settings of one weight's codec, checked and complete.
+
+    Args:
+        method: `"uniform"` or `"palette"`.
+        bits: bits of a code: 2–8 for uniform, 1–8 for palette.
+        grain: which elements share a scale or a look-up table.
+        symmetric: uniform only: levels on both sides of zero (the default), or an affine grid with a zero point.
+        grid: symmetric uniform only: `"restricted"` (the default; 2 bits are {−1, 0, 1}·max|W|), `"full"` (one more
+            level on the negative side) or `"midrise"` (2^bits levels, none of them zero).
+        range: uniform only: `"min_max"` (the default) or `"mse"`, the range of least squared error.
+
+    Raises:
+        ValueError: for a value outside these, and for an option that the method does not have.
+
+    """
+
+    method: str = "uniform"
+    bits: int = 4
+    grain: Grain = "channel"
+    symmetric: bool | None = None
+    grid: str | None = None
+    range: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
+        object.__setattr__(self, "grain", parse_grain(self.grain))
+        fewest = 2 if self.method == "uniform" else 1
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not fewest <= self.bits <= 8:
+            hint = "; method='palette' goes down to 1 bit" if self.method == "uniform" else ""
+            raise ValueError(f"bits={self.bits!r} is not a whole number from {fewest} to 8 for {self.method}{hint}")
+        if self.method == "uniform":
+            self._complete_uniform()
+        else:
+            for option in ("symmetric", "grid", "range"):
+                if getattr(self, option) is not None:
+                    raise ValueError(f"{option!r} is an option of method 'uniform'; remove it for {self.method!r}")
+
+    def _complete_uniform(self) -> None:
+        if self.symmetric is None:
+            object.__setattr__(self, "symmetric", True)
+        if not isinstance(self.symmetric, bool):
+            raise ValueError(f"symmetric={self.symmetric!r} is not true or false")
+        if self.grid is None and self.symmetric:
+            object.__setattr__(self, "grid", "restricted")
+        if self.grid is not None and not self.symmetric:
+            raise ValueError(f"grid={self.grid!r} needs symmetric=True; an affine grid always uses all levels")
+        if self.symmetric and self.grid not in GRIDS:
+            raise ValueError(f"unknown grid {self.grid!r}: use one of {', '.join(GRIDS)}")
+        if self.range is None:
+            object.__setattr__(self, "range", "min_max")
+        if self.range not in RANGES:
+            raise ValueError(f"unknown range {self.range!r}: use one of {', '.join(RANGES)}")
+
+    def to_dict(self) -> dict[str, str | int | bool]:
+        """Return the settings that the method has, as JSON holds them."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    def settings_for(self, name: str | None) -> "CodecSettings":
+        """Return these settings: the same for every weight. A quantization config answers by name."""
+        return self

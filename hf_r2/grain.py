@@ -1,0 +1,83 @@
+"""How a weight is cut into groups that share a range or a codebook.
+
+The one place that knows grains: losses, codecs and reports all cut with [`blocks`] and put back with [`join`].
+A weight is always handed over with its output channels first (see `hf_r2.selection.output_first`).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Grain = str | int
+
+
+def parse_grain(grain: Grain) -> Grain:
+    """Check a grain and return it in its normal form.
+
+    Args:
+        grain: `"tensor"` (one group), `"channel"` (one group per output channel) or a positive int g (groups of g
+            consecutive inputs within an output channel). An int may come as a string, as command lines give it.
+
+    Raises:
+        ValueError: for anything else.
+
+    """
+    if isinstance(grain, str) and grain.isdecimal():
+        grain = int(grain)
+    if grain in ("tensor", "channel") or (isinstance(grain, int) and not isinstance(grain, bool) and grain > 0):
+        return grain
+    raise ValueError(f"unknown grain {grain!r}: use 'tensor', 'channel' or a positive group size such as 64")
+
+
+def blocks(weight: Tensor, grain: Grain) -> list[Tensor]:
+    """Cut a weight into one or two dense blocks of groups.
+
+    Args:
+        weight: `(out, in, …)`, any float or integer dtype; half precision and integers are raised to float32, so that
+            statistics never run in half precision.
+        grain: see [`parse_grain`]. The inputs of a channel are its remaining dimensions, flattened.
+
+    Returns:
+        Tensors of shape `(groups, elements of a group)`. Only an int grain that does not divide the inputs needs a
+        second one: the shorter last group of every channel. Groups are counted through the blocks in order.
+
+    Raises:
+        ValueError: for an empty weight, and for channels or groups of a weight with fewer than two dimensions.
+
+    """
+    if weight.numel() == 0:
+        raise ValueError("the weight has no elements; exclude it from the selection")
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if grain == "tensor":
+        return [weight.reshape(1, -1)]
+    if weight.dim() < 2:
+        raise ValueError(f"grain {grain!r} needs a weight of at least two dimensions, got shape {tuple(weight.shape)}")
+    rows = weight.flatten(1)
+    return [rows[:, start:stop].reshape(-1, size) for start, stop, size in _spans(rows.shape[1], grain)]
+
+
+def join(parts: Sequence[Tensor], shape: Sequence[int], grain: Grain) -> Tensor:
+    """Put blocks of any dtype back into a weight of the given shape: the inverse of [`blocks`]."""
+    if grain == "tensor":
+        return parts[0].reshape(*shape)
+    rows = [part.reshape(shape[0], -1) for part in parts]
+    return (rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)).reshape(*shape)
+
+
+def group_counts(shape: Sequence[int], grain: Grain) -> list[int]:
+    """Count the groups in each block of a weight of the given shape; their sum is the number of codebooks."""
+    if grain == "tensor":
+        return [1]
+    inputs = torch.Size(shape[1:]).numel()
+    return [shape[0] * (stop - start) // size for start, stop, size in _spans(inputs, grain)]
+
+
+def _spans(inputs: int, grain: Grain) -> list[tuple[int, int, int]]:
+    """Split the inputs of a channel into (start, stop, group size): whole groups, then what is left."""
+    size = inputs if grain == "channel" else min(int(grain), inputs)
+    whole = inputs - inputs % size
+    spans = [(0, whole, size)]
+    if whole < inputs:
+        spans.append((whole, inputs, inputs - whole))
+    return spans

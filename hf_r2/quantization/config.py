@@ -1,0 +1,133 @@
+"""The quantization config that a compressed checkpoint carries."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_r2.codecs import CodecSettings
+from hf_r2.grain import Grain
+from hf_r2.refine import REFINEMENTS
+from hf_r2.selection import matches
+
+QUANT_METHOD = "hf_r2"
+FORMAT_VERSION = 1
+_CODEC_OPTIONS = tuple(field.name for field in fields(CodecSettings))
+
+
+class R2QuantizationConfig(QuantizationConfigMixin):
+    """How the weights of a model are compressed.
+
+    Args:
+        method: codec: `"uniform"` or `"palette"`.
+        bits: bits of a code, 1–8 (uniform: 2–8).
+        grain: `"tensor"`, `"channel"` or a group size: what shares a scale or a look-up table.
+        symmetric: see [`CodecSettings`].
+        grid: see [`CodecSettings`].
+        range: see [`CodecSettings`].
+        overrides: settings by parameter name or shell pattern: `{"classifier.*": {"bits": 8}}`, or the same as a list
+            of pairs. Later ones win; one that changes the method leaves the other method's options behind.
+        include: patterns of the weights to compress, see [`select_weights`]; every Linear and Conv without.
+        skip: patterns of weights that stay as they are.
+        min_numel: smallest number of elements that is compressed.
+        refine: steps after compression, in this order: `"batch_norm"` re-estimates batch-norm statistics on
+            unlabelled calibration data ([`R2Quantizer.quantize`] does it).
+        format_version: version of the on-disk format; written by hf_r2.
+        sha256: digests of the checkpoint's content; written by hf_r2.
+        **unknown: refused.
+
+    Raises:
+        ValueError: for unknown keys (with the nearest known one) and values, and for a newer format.
+
+    """
+
+    def __init__(
+        self,
+        method: str = "uniform",
+        bits: int = 4,
+        grain: Grain = "channel",
+        symmetric: bool | None = None,
+        grid: str | None = None,
+        range: str | None = None,
+        overrides: Mapping[str, Mapping[str, Any]] | Sequence[tuple[str, Mapping[str, Any]]] | None = None,
+        include: Sequence[str] | None = None,
+        skip: Sequence[str] | None = None,
+        min_numel: int = 0,
+        refine: Sequence[str] = (),
+        format_version: int = FORMAT_VERSION,
+        sha256: Mapping[str, Any] | None = None,
+        **unknown: Any,
+    ) -> None:
+        if unknown.pop("quant_method", QUANT_METHOD) != QUANT_METHOD:
+            raise ValueError(f"this config is not one of quant_method {QUANT_METHOD!r}")
+        if not isinstance(format_version, int) or format_version > FORMAT_VERSION or format_version < 1:
+            raise ValueError(
+                f"the checkpoint has format version {format_version!r}, this hf_r2 reads up to {FORMAT_VERSION}: "
+                "upgrade with `pip install -U hf_r2`"
+            )
+        known = (*_CODEC_OPTIONS, "overrides", "include", "skip", "min_numel", "refine")
+        _refuse_unknown(unknown, known, "R2QuantizationConfig")
+        self.quant_method = QUANT_METHOD
+        self._base = CodecSettings(method, bits, grain, symmetric, grid, range)
+        for option in _CODEC_OPTIONS:
+            setattr(self, option, getattr(self._base, option))
+        self.overrides = {pattern: dict(options) for pattern, options in dict(overrides or {}).items()}
+        self.include = _patterns(include, "include")
+        self.skip = _patterns(skip, "skip")
+        self.min_numel = min_numel
+        self.refine = list(refine)
+        self.format_version = format_version
+        self.sha256 = dict(sha256) if sha256 else None
+        for step in self.refine:
+            if step not in REFINEMENTS:
+                raise ValueError(f"unknown refinement {step!r}: use one of {', '.join(REFINEMENTS)}")
+        for pattern, options in self.overrides.items():
+            _refuse_unknown(options, _CODEC_OPTIONS, f"overrides[{pattern!r}]")
+            self._override(self._base, options)
+
+    def settings_for(self, name: str | None) -> CodecSettings:
+        """Return the codec settings of the weight of this name: the base with every override that matches."""
+        settings = self._base
+        for pattern, options in self.overrides.items():
+            if name is not None and matches(name, [pattern]):
+                settings = self._override(settings, options)
+        return settings
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as JSON holds it: all that a reader needs, without what was left at None or empty."""
+        content = {"quant_method": self.quant_method, **self._base.to_dict()}
+        for key in ("include", "skip", "min_numel", "refine", "format_version", "sha256"):
+            if getattr(self, key):
+                content[key] = getattr(self, key)
+        if self.overrides:
+            # Pairs, because transformers sorts the keys of config.json, and the order of overrides counts
+            content["overrides"] = [[pattern, options] for pattern, options in self.overrides.items()]
+        return content
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what `print(config)` shows; the same as [`to_dict`]."""
+        return self.to_dict()
+
+    @staticmethod
+    def _override(settings: CodecSettings, options: Mapping[str, Any]) -> CodecSettings:
+        kept = settings.to_dict()
+        if options.get("method", settings.method) != settings.method:
+            kept = {"bits": settings.bits, "grain": settings.grain}
+        elif options.get("symmetric") is False:
+            kept.pop("grid", None)
+        return CodecSettings(**{**kept, **options})
+
+
+def _patterns(patterns: Sequence[str] | None, option: str) -> list[str] | None:
+    if isinstance(patterns, str):
+        raise ValueError(f"{option} is a list of patterns; write [{patterns!r}]")
+    return None if patterns is None else list(patterns)
+
+
+def _refuse_unknown(keys: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in sorted(set(keys) - set(known)):
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        raise ValueError(f"unknown key {key!r} in {where}; {hint}")

@@ -1,0 +1,155 @@
+"""The transformers quantizer behind `from_pretrained` and `save_pretrained`; the format is on FORMAT.md."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+
+from hf_r2.codecs import CODECS, Encoded, decode, encode
+from hf_r2.codecs.bitpack import packed_size
+from hf_r2.quantization.config import R2QuantizationConfig
+from hf_r2.quantization.integrity import check_files, content_digests, verify_content
+from hf_r2.selection import output_first, require_match, select_weights
+
+
+class R2HfQuantizer(HfQuantizer):
+    """Compresses a float model after loading, or restores a compressed one; keeps the codes for saving.
+
+    On disk a compressed weight `x.weight` is its packed codes under that very name, flat, so that a reader without
+    hf_r2 stops at a size mismatch, and its codebook under `x.weight_<name>`. While transformers loads, the modules
+    hold tensors of exactly these names; afterwards the decoded float weight, with the codes in `encoded`.
+    """
+
+    requires_calibration = False
+    quantization_config: R2QuantizationConfig
+
+    def __init__(self, quantization_config: R2QuantizationConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.encoded: dict[str, Encoded] = {}
+
+    def selection(self, model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+        """Select the weights that the config compresses."""
+        config = self.quantization_config
+        selected = select_weights(model, config.include, config.skip, config.min_numel)
+        for pattern in config.overrides:
+            require_match(pattern, list(selected))
+        return selected
+
+    # --- loading ----------------------------------------------------------------------------------------------------
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Give a compressed checkpoint a skeleton whose tensors have the names, shapes and dtypes of the file."""
+        if not self.pre_quantized:
+            return
+        check_files(checkpoint_files or [])
+        for name, (module, attribute) in self.selection(model).items():
+            weight = getattr(module, attribute)
+            settings = self.quantization_config.settings_for(name)
+            shape = output_first(module, weight).shape
+            codes = torch.empty(packed_size(weight.numel(), settings.bits), dtype=torch.uint8, device="meta")
+            self.encoded[name] = Encoded(codes, {}, shape, weight.dtype, settings)
+            setattr(module, attribute, nn.Parameter(codes, requires_grad=False))
+            # transformers initializes modules before it looks whether they were loaded, and flat codes have no fan-in
+            module._is_hf_initialized = True
+            for key, (size, dtype) in CODECS[settings.method].codebook_like(shape, settings).items():
+                module.register_buffer(f"{attribute}_{key}", torch.empty(size, dtype=dtype, device="meta"))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Decode a compressed checkpoint's weights, or compress a float model's."""
+        selection = self.selection(model)
+        if self.pre_quantized:
+            self._collect(selection)
+            verify_content(*self._tensors(model), self.quantization_config.sha256 or {})
+        weights = tqdm(selection.items(), desc="Compressing", unit="weight", disable=self.pre_quantized)
+        for name, (module, attribute) in weights:
+            if not self.pre_quantized:
+                weight = output_first(module, getattr(module, attribute))
+                self.encoded[name] = encode(weight, self.quantization_config, name)
+            decoded = output_first(module, decode(self.encoded[name])).contiguous()
+            setattr(module, attribute, nn.Parameter(decoded))
+        model.tie_weights()
+        return model
+
+    def _collect(self, selection: dict[str, tuple[nn.Module, str]]) -> None:
+        """Move the loaded codes and codebooks off the modules."""
+        for name, (module, attribute) in selection.items():
+            encoded = self.encoded[name]
+            encoded.codes = getattr(module, attribute).data
+            expected = CODECS[encoded.settings.method].codebook_like(encoded.shape, encoded.settings)
+            for key, (size, dtype) in expected.items():
+                tensor = module._buffers.pop(f"{attribute}_{key}")
+                if tensor.shape != size or tensor.dtype != dtype:
+                    raise ValueError(
+                        f"{name}_{key} has {tensor.dtype} {tuple(tensor.shape)}, its config asks for {dtype} {size}: "
+                        "config.json and the weights do not belong together"
+                    )
+                encoded.codebook[key] = tensor
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the tensors of the checkpoint and note their digests in the config, which is written after this.
+
+        Raises:
+            ValueError: if a weight is no longer what its codes say.
+
+        """
+        for name, (module, attribute) in self.selection(model).items():
+            decoded = output_first(module, decode(self.encoded[name]))
+            weight = getattr(module, attribute)
+            if not torch.equal(decoded.to(weight), weight):
+                raise ValueError(
+                    f"weight {name!r} was changed after it was compressed (trained or edited), so its codes no longer "
+                    "describe it: call `model.dequantize()` and compress it again, or save that float model"
+                )
+        codes, rest = self._tensors(model)
+        self.quantization_config.sha256 = content_digests(codes, rest)
+        return {**rest, **codes}, {}
+
+    def _tensors(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Split the checkpoint's tensors into codes with codebooks, and all others with tied ones once."""
+        codes = {}
+        for name, encoded in self.encoded.items():
+            codes[name] = encoded.codes
+            codes.update({f"{name}_{key}": tensor for key, tensor in encoded.codebook.items()})
+        unsaved = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
+        rest = {
+            name: tensor for name, tensor in model.state_dict().items() if name not in codes and name not in unsaved
+        }
+        return codes, rest
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Keep the decoded float weights and let go of the codes."""
+        self.encoded.clear()
+        return model if dtype is None else model.to(dtype)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Tell transformers that `save_pretrained` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Compressed weights are not trained: their codes would go stale."""
+        return False
+
+
+def compress(model: PreTrainedModel, config: R2QuantizationConfig) -> PreTrainedModel:
+    """Compress a float model in place, so that `save_pretrained` writes packed codes.
+
+    Raises:
+        ValueError: if it is already compressed, or as `encode` and `select_weights` do.
+
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError("the model is already quantized; load the float checkpoint again, or call model.dequantize()")
+    quantizer = R2HfQuantizer(config, pre_quantized=False)
+    quantizer.postprocess_model(model)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    return model

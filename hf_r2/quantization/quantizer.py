@@ -1,0 +1,163 @@
+"""The optimum quantizer: float checkpoint in, compressed checkpoint out."""
+
+import inspect
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import transformers
+from optimum.quantization_base import OptimumQuantizer
+from optimum.utils.save_utils import maybe_load_preprocessors
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, PreTrainedModel, default_data_collator
+
+from hf_r2.codecs import Encoded, decode, mse, sqnr
+from hf_r2.files import atomic_directory
+from hf_r2.quantization.config import R2QuantizationConfig
+from hf_r2.quantization.hf_quantizer import compress
+from hf_r2.refine import reestimate_batch_norm
+from hf_r2.report.manifest import Manifest
+from hf_r2.report.statistics import WeightStatistics, weight_statistics
+from hf_r2.selection import output_first, select_weights
+
+
+class R2Quantizer(OptimumQuantizer):
+    """Compresses a float checkpoint of any transformers model.
+
+        R2Quantizer.from_pretrained("me/model").quantize("model-2bit", R2QuantizationConfig("palette", bits=2))
+
+    Args:
+        source: directory or Hub name of a float checkpoint; every call of [`quantize`] reads it anew.
+        revision: branch, tag or commit of a Hub name.
+
+    """
+
+    def __init__(self, source: str | os.PathLike[str], revision: str = "main") -> None:
+        self.source = str(source)
+        self.revision = revision
+
+    @classmethod
+    def from_pretrained(cls, model_or_path: str | os.PathLike[str], revision: str = "main") -> "R2Quantizer":
+        """Name the float checkpoint to compress.
+
+        Raises:
+            ValueError: if it is already quantized, or does not say which model class it holds.
+
+        """
+        quantizer = cls(model_or_path, revision)
+        config = AutoConfig.from_pretrained(quantizer.source, revision=revision)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError(f"{quantizer.source} is already quantized; name the float checkpoint it was made from")
+        quantizer._model_class(config)
+        return quantizer
+
+    def quantize(
+        self,
+        save_dir: str | os.PathLike[str],
+        quantization_config: R2QuantizationConfig,
+        calibration_dataset: Any = None,
+        batch_size: int = 64,
+    ) -> PreTrainedModel:
+        """Compress the checkpoint and save it with its preprocessors and manifest.
+
+        The directory appears as a whole or not at all; an existing one is replaced only when the new one is complete.
+
+        Args:
+            save_dir: where the compressed checkpoint goes.
+            quantization_config: how the weights are compressed.
+            calibration_dataset: examples for `refine`: a map-style dataset of model inputs, or an iterable of batches
+                (mappings of tensors). Labels are ignored.
+            batch_size: examples of a calibration batch, for a dataset.
+
+        Returns:
+            The compressed model, its weights decoded.
+
+        Raises:
+            ValueError: for a refinement without calibration data, and as [`compress`] and [`select_weights`] do.
+
+        """
+        start = time.perf_counter()
+        if quantization_config.refine and calibration_dataset is None:
+            raise ValueError(f"refine={quantization_config.refine} needs a calibration_dataset")
+        config = AutoConfig.from_pretrained(self.source, revision=self.revision)
+        model = self._model_class(config).from_pretrained(self.source, revision=self.revision)
+        patterns = (quantization_config.include, quantization_config.skip, quantization_config.min_numel)
+        before = weight_statistics(model, *patterns)
+        selection = select_weights(model, *patterns)
+        originals = {
+            name: output_first(module, getattr(module, attribute)).detach().clone()
+            for name, (module, attribute) in selection.items()
+        }
+        float_bytes = _file_bytes(self.source) or sum(tensor.nbytes for tensor in model.state_dict().values())
+        compress(model, quantization_config)
+        if "batch_norm" in quantization_config.refine:
+            reestimate_batch_norm(model, _batches(model, calibration_dataset, batch_size))
+
+        manifest = Manifest.load(self.source) if os.path.isdir(self.source) else Manifest()
+        with atomic_directory(save_dir) as scratch:
+            model.save_pretrained(scratch)
+            for preprocessor in maybe_load_preprocessors(self.source):
+                preprocessor.save_pretrained(scratch)
+            manifest.add(
+                "quantize",
+                base_model=_base_model(self.source),
+                quantization_config=quantization_config.to_dict(),
+                weights=_weight_facts(model.hf_quantizer.encoded, originals, before),
+                bytes={"float": float_bytes, "compressed": _file_bytes(scratch)},
+                seconds=time.perf_counter() - start,
+            )
+            manifest.save(scratch)
+        return model
+
+    def _model_class(self, config: transformers.PretrainedConfig) -> type[PreTrainedModel]:
+        architecture = (config.architectures or [None])[0]
+        model_class = getattr(transformers, architecture or "", None)
+        if model_class is None:
+            raise ValueError(
+                f"{self.source} names the architecture {architecture!r}, which this transformers does not have: "
+                "save it with save_pretrained of a transformers model class"
+            )
+        return model_class
+
+
+def _batches(model: PreTrainedModel, dataset: Any, batch_size: int) -> Iterable[Mapping[str, Any]]:
+    """Batches of the inputs that the model's forward takes, without labels."""
+    accepted = set(inspect.signature(model.forward).parameters) - {"labels"}
+    if hasattr(dataset, "__getitem__") and not isinstance(dataset, list):
+        dataset = DataLoader(dataset, batch_size=batch_size, collate_fn=default_data_collator)
+    for batch in dataset:
+        yield {key: value for key, value in batch.items() if key in accepted}
+
+
+def _weight_facts(
+    encoded: Mapping[str, Encoded], originals: Mapping[str, Tensor], before: Sequence[WeightStatistics]
+) -> list[dict[str, Any]]:
+    """Per weight: statistics of the float weight, and what compression made of it."""
+    facts = []
+    for statistics in before:
+        compressed, original = encoded[statistics.name], originals[statistics.name]
+        decoded = decode(compressed)
+        facts.append(
+            {
+                **asdict(statistics),
+                "codec": compressed.settings.to_dict(),
+                "bits_per_weight": compressed.bits_per_weight,
+                "mse": mse(original, decoded),
+                "compressed_sqnr": sqnr(original, decoded),
+            }
+        )
+    return facts
+
+
+def _file_bytes(directory: str | os.PathLike[str]) -> int:
+    """Bytes of a checkpoint directory's weight files; 0 for a Hub name."""
+    return sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+
+
+def _base_model(source: str) -> str:
+    """Name the float checkpoint: a Hub name as it is, a local one by its folder."""
+    return Path(source).name if os.path.isdir(source) else source

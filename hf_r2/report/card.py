@@ -1,0 +1,130 @@
+"""The model card: a rendering of the manifest."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from hf_r2.report.manifest import Manifest
+from hf_r2.report.tables import markdown_table, result_table
+
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
+
+METHOD_SENTENCES = {
+    "uniform": "uniform quantization, whose levels are equally spaced",
+    "palette": "palettes: look-up tables found by optimal one-dimensional k-means",
+}
+LOSS_SENTENCES = {
+    "l_inf": "the largest magnitude of each group",
+    "margin": "a learnable margin of each group and what stands outside it",
+    "soft_min_max": "a smooth measure of the range of each group",
+    "tail": "the mean of the largest magnitudes of each group",
+    "kurtosis": "the distance of each group's kurtosis from a uniform distribution's",
+}
+
+
+def render_card(directory: str | os.PathLike[str]) -> ModelCard:
+    """Render the card of a compressed checkpoint from its manifest and write it as README.md.
+
+    Nothing is typed: what the manifest does not hold has no line.
+
+    Raises:
+        ValueError: if the directory has no manifest with a quantize stage.
+
+    """
+    directory = Path(directory)
+    manifest = Manifest.load(directory)
+    if not manifest.last("quantize"):
+        raise ValueError(f"{directory} has no manifest of a compressed checkpoint: make it with R2Quantizer.quantize")
+    facts = card_facts(manifest)
+    card = ModelCard.from_template(_metadata(facts), template_path=str(TEMPLATE), **facts)
+    card.save(directory / "README.md")
+    return card
+
+
+def card_facts(manifest: Manifest) -> dict[str, Any]:
+    """Gather what the template shows from a manifest's stages."""
+    train, quantize, evaluate = (manifest.last(stage) for stage in ("train", "quantize", "evaluate"))
+    config = quantize["quantization_config"]
+    rows = evaluate.get("rows", [])
+    published = next((row for row in rows if row.get("published")), {})
+    weights = quantize["weights"]
+    elements = [_numel(weight) for weight in weights]
+    bits = sum(w["bits_per_weight"] * n for w, n in zip(weights, elements, strict=True)) / sum(elements)
+    return {
+        "name": evaluate.get("name") or f"{quantize['base_model']}-{config['bits']}bit",
+        "base_model": quantize["base_model"],
+        "config": config,
+        "method_sentence": METHOD_SENTENCES[config["method"]],
+        "r2": train.get("r2"),
+        "loss_sentence": LOSS_SENTENCES.get((train.get("r2") or {}).get("r2_loss", "")),
+        "model_class": evaluate.get("model_class"),
+        "pipeline_tag": evaluate.get("pipeline_tag"),
+        "data": evaluate.get("data"),
+        "rows": rows,
+        "published": published,
+        "table": result_table([rows]) if rows else None,
+        "picture": evaluate.get("picture"),
+        "bytes": quantize["bytes"],
+        "ratio": quantize["bytes"]["float"] / quantize["bytes"]["compressed"],
+        "bits_per_weight": bits,
+        "weight_table": _weight_table(weights),
+        "weight_count": len(weights),
+        "seed": train.get("seed"),
+        "recipe": evaluate.get("recipe"),
+        "environment": (evaluate or quantize)["environment"],
+        "seconds": evaluate.get("seconds"),
+    }
+
+
+def _metadata(facts: dict[str, Any]) -> ModelCardData:
+    config = facts["config"]
+    results = None
+    if facts["published"]:
+        results = [
+            EvalResult(
+                task_type=facts["pipeline_tag"],
+                dataset_type=facts["data"]["name"],
+                dataset_name=facts["data"]["name"],
+                dataset_split=facts["data"]["split"],
+                metric_type="accuracy",
+                metric_name="Accuracy",
+                metric_value=facts["published"]["accuracy"],
+            )
+        ]
+    return ModelCardData(
+        base_model=facts["base_model"],
+        base_model_relation="quantized",
+        library_name="transformers",
+        pipeline_tag=facts["pipeline_tag"],
+        datasets=[facts["data"]["hub_name"]] if (facts["data"] or {}).get("hub_name") else None,
+        metrics=["accuracy"] if results else None,
+        tags=["hf_r2", *(["range-regularization"] if facts["r2"] else []), config["method"], f"{config['bits']}-bit"],
+        model_name=facts["name"] if results else None,
+        eval_results=results,
+    )
+
+
+def _weight_table(weights: list[dict[str, Any]]) -> str:
+    header = ("weight", "shape", "codec", "bits per weight", "crest factor", "kurtosis", "SQNR (dB)")
+    rows = [
+        (
+            f"`{weight['name']}`",
+            "×".join(map(str, weight["shape"])),
+            f"{weight['codec']['method']} {weight['codec']['bits']}-bit, {weight['codec']['grain']}",
+            f"{weight['bits_per_weight']:.2f}",
+            f"{weight['crest_factor']:.2f}",
+            f"{weight['kurtosis']:.2f}",
+            "exact" if weight["compressed_sqnr"] is None else f"{weight['compressed_sqnr']:.1f}",
+        )
+        for weight in weights
+    ]
+    return markdown_table(header, rows)
+
+
+def _numel(weight: dict[str, Any]) -> int:
+    count = 1
+    for size in weight["shape"]:
+        count *= size
+    return count

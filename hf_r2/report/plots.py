@@ -1,0 +1,61 @@
+"""Pictures of weights."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+import torch
+from torch import Tensor
+
+BINS = 121
+_FLOAT_COLOR, _COMPRESSED_COLOR = "#8da0cb", "#d1495b"
+
+
+def weight_histograms(
+    panels: Mapping[str, tuple[Sequence[Tensor], Sequence[Tensor]]], path: str | os.PathLike[str], label: str
+) -> Path:
+    """Draw float and compressed weights as histograms, one panel a model, on shared axes.
+
+    Every weight is divided by the rms of its float values, so that all of them share one axis; a weight without
+    outliers is narrow there.
+
+    Args:
+        panels: title of a panel to its float weights and the same weights compressed.
+        path: PNG file to write.
+        label: what the compressed weights are called in the legend, such as `"2-bit"`.
+
+    Returns:
+        The path.
+
+    """
+    scaled = {title: [_in_rms(*pair) for pair in zip(*weights, strict=True)] for title, weights in panels.items()}
+    reach = max(float(values.abs().max()) for pairs in scaled.values() for pair in pairs for values in pair) * 1.02
+    edges = np.linspace(-reach, reach, BINS + 1)
+    figure = matplotlib.figure.Figure(figsize=(8, 2.6 * len(panels)), dpi=130, layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axis, (title, pairs) in zip(axes, scaled.items(), strict=True):
+        floats, compressed = (torch.cat(values).numpy() for values in zip(*pairs, strict=True))
+        crest = np.mean([float(values.abs().max()) for values, _ in pairs])
+        axis.hist(floats, edges, weights=_shares(floats), color=_FLOAT_COLOR, label="float")
+        axis.hist(compressed, edges, weights=_shares(compressed), histtype="step", color=_COMPRESSED_COLOR, label=label)
+        axis.set_yscale("log")
+        axis.set_title(f"{title}: mean crest factor {crest:.2f}", loc="left", fontsize=10)
+        axis.set_ylabel("share of weights")
+        axis.legend(loc="upper right", frameon=False, fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("weight / rms of its tensor")
+    figure.savefig(path)
+    return Path(path)
+
+
+def _in_rms(weight: Tensor, compressed: Tensor) -> tuple[Tensor, Tensor]:
+    """Flatten a float weight and its compressed copy, both in units of the float weight's rms."""
+    weight, compressed = weight.detach().float().cpu().flatten(), compressed.detach().float().cpu().flatten()
+    rms = weight.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    return weight / rms, compressed / rms
+
+
+def _shares(values: np.ndarray) -> np.ndarray:
+    return np.full(values.size, 1 / values.size)

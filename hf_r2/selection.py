@@ -1,0 +1,98 @@
+"""The one rule for which weights are regularized, compressed and reported."""
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+_COMPUTE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
+
+
+def select_weights(
+    model: nn.Module,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    min_numel: int = 0,
+) -> dict[str, tuple[nn.Module, str]]:
+    """Select the weights of a model that hf_r2 acts on.
+
+    Weights of `nn.Linear`, `nn.Conv1d/2d/3d` and transformers' `Conv1D` are selected; an `nn.Embedding` only if
+    `include` names it. A tied weight is selected once, under the name that its checkpoint keeps, and only if every
+    module that shares it may be selected: an output layer tied to an embedding needs the embedding to be included.
+
+    Args:
+        model: any module; parametrized and meta-device weights are fine.
+        include: shell patterns over parameter names (`"encoder.*.weight"`). Without them every compute layer is in.
+        exclude: shell patterns over parameter names to leave out.
+        min_numel: smallest number of elements that is selected.
+
+    Returns:
+        Ordered mapping of parameter name to `(module, "weight")`, in the order of `model.named_modules()`.
+
+    Raises:
+        ValueError: if a pattern matches no weight, or if nothing is selected.
+
+    """
+    sharers = _sharers(model)
+    candidates = [name for owners in sharers for name, _ in owners]
+    for pattern in (*(include or ()), *(exclude or ())):
+        require_match(pattern, candidates)
+
+    selected = {}
+    for owners in sharers:
+        names = [name for name, _ in owners]
+        embeddings = [name for name, module in owners if isinstance(module, nn.Embedding)]
+        if include is None:
+            chosen = not embeddings
+        else:
+            chosen = any(matches(name, include) for name in names)
+            chosen = chosen and all(matches(name, include) for name in embeddings)
+        chosen = chosen and not any(matches(name, exclude or ()) for name in names)
+        if chosen and owners[0][1].weight.numel() >= min_numel:
+            selected[names[0]] = (owners[0][1], "weight")
+    if not selected:
+        raise ValueError(
+            f"no weight of {type(model).__name__} is selected (include={include}, exclude={exclude}, "
+            f"min_numel={min_numel}); it has {len(candidates)} candidates, for example {candidates[:3]}"
+        )
+    return selected
+
+
+def output_first(module: nn.Module, weight: Tensor) -> Tensor:
+    """Turn a weight so that its output channels come first: transposes that of a transformers Conv1D. Its own inverse."""
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Tell whether a parameter name matches any shell pattern."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def require_match(pattern: str, names: Sequence[str]) -> None:
+    """Raise a ValueError with near names if a pattern matches none of the names: it is most likely a typo."""
+    if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names[:3])
+        raise ValueError(f"pattern {pattern!r} matches no weight; near names: {near}")
+
+
+def _sharers(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
+    """List the weights of compute layers and embeddings, each with all (name, module) that share it.
+
+    Sharing is seen by identity and, for transformers models, from the table of tied keys, which holds even on a
+    meta-device skeleton. The first of a list is the name that checkpoints keep.
+    """
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    modules = {
+        f"{prefix}.weight" if prefix else "weight": module
+        for prefix, module in model.named_modules()
+        if isinstance(module, (*_COMPUTE_LAYERS, nn.Embedding))
+    }
+    shared: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in modules.items():
+        source = modules.get(tied.get(name, name), module)
+        # A parametrized weight is computed anew at every access, so its module stands for it
+        key = id(source._parameters.get("weight", source))
+        shared.setdefault(key, []).append((name, module))
+    return [sorted(owners, key=lambda owner: owner[0] in tied) for owners in shared.values()]

@@ -1,0 +1,76 @@
+"""Training arguments of range regularization."""
+
+import math
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from hf_r2.grain import parse_grain
+from hf_r2.losses import RANGE_LOSSES
+
+R2_MODES = ("loss", "none")
+
+
+@dataclass
+class R2TrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the fields of range regularization.
+
+    To regularize another trainer, inherit from its arguments as well: `class R2SFTConfig(R2TrainingArguments,
+    SFTConfig)` beside `class R2SFTTrainer(R2Mixin, SFTTrainer)`.
+
+    Raises:
+        ValueError: for a value outside its choices or range.
+
+    """
+
+    r2_mode: str = field(
+        default="loss",
+        metadata={"help": "How the range is restricted: 'loss' adds strength × range loss to the task loss; 'none'."},
+    )
+    r2_loss: str = field(default="l_inf", metadata={"help": f"Range loss: one of {', '.join(RANGE_LOSSES)}."})
+    r2_strength: float = field(
+        default=0.01,
+        metadata={
+            "help": "Strength λ ≥ 0. The default is the R2 paper's, for long runs; λ scales as 1 / (learning rate × "
+            "steps), so runs of some hundred steps need about 0.1. 0 is plain Trainer, bit for bit."
+        },
+    )
+    r2_grain: str = field(
+        default="tensor",
+        metadata={
+            "help": "Groups whose range is restricted: 'tensor', 'channel' or a group size; match the quantizer's."
+        },
+    )
+    r2_include: list[str] | None = field(
+        default=None,
+        metadata={"help": "Patterns over parameter names to regularize; every Linear and Conv without."},
+    )
+    r2_exclude: list[str] | None = field(default=None, metadata={"help": "Patterns over parameter names to leave out."})
+    r2_min_numel: int = field(default=0, metadata={"help": "Smallest number of elements that is regularized."})
+    r2_tail_fraction: float = field(default=0.01, metadata={"help": "Share of the elements in the tail, for 'tail'."})
+    r2_temperature: float = field(
+        default=5.0,
+        metadata={"help": "First temperature relative to 1/rms of the weight, for 'soft_min_max'."},
+    )
+    r2_margin_reduction: str = field(
+        default="max", metadata={"help": "'max' or 'sum' over the elements, for 'margin'."}
+    )
+    r2_learning_rate: float = field(
+        default=0.01, metadata={"help": "Learning rate of learnable margins and temperatures (plain SGD)."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, choices in {
+            "r2_mode": R2_MODES,
+            "r2_loss": RANGE_LOSSES,
+            "r2_margin_reduction": ("max", "sum"),
+        }.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
+        for name in ("r2_strength", "r2_learning_rate", "r2_min_numel"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name}={getattr(self, name)} is not a number ≥ 0")
+        if not 0 < self.r2_tail_fraction <= 1:
+            raise ValueError(f"r2_tail_fraction={self.r2_tail_fraction} is not in (0, 1]")
+        parse_grain(self.r2_grain)

@@ -1,0 +1,184 @@
+"""Range regularization for any Trainer."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from hf_r2.grain import parse_grain
+from hf_r2.losses import RangeLoss
+from hf_r2.report.statistics import crest_factor
+
+R2_STATE_NAME = "r2_state.safetensors"
+
+logger = logging.get_logger(__name__)
+
+
+class R2Mixin:
+    """Adds `strength × range loss` to the loss of a Trainer: `class R2SFTTrainer(R2Mixin, SFTTrainer)`.
+
+    The term enters exactly once per optimizer step, whatever the gradient accumulation, the number of processes and
+    the way the model averages its loss. Evaluation losses stay the task's. Learnable margins and temperatures have an
+    optimizer of their own, the only arrangement that runs alone, under DDP and under FSDP2.
+
+    The trainer's arguments must have the `r2_*` fields of [`R2TrainingArguments`].
+    """
+
+    range_loss: RangeLoss | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._regularize(self.model)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Build a fresh model, as hyper-parameter search does, and regularize it."""
+        model = super().call_model_init(trial)
+        self._regularize(model)
+        return model
+
+    def _regularize(self, model: nn.Module) -> None:
+        self._probed = False
+        self._r2_total: Tensor | float = 0.0
+        self._r2_steps = 0
+        self.range_loss = self.range_optimizer = None
+        if self.args.r2_mode == "none" or self.args.r2_strength == 0:
+            return
+        self.range_loss = RangeLoss(
+            model,
+            kind=self.args.r2_loss,
+            grain=parse_grain(self.args.r2_grain),
+            include=self.args.r2_include,
+            exclude=self.args.r2_exclude,
+            min_numel=self.args.r2_min_numel,
+            margin_reduction=self.args.r2_margin_reduction,
+            temperature=self.args.r2_temperature,
+            tail_fraction=self.args.r2_tail_fraction,
+        )
+        if len(self.range_loss.learnable):
+            # Without momentum it has no state to save. Adam would be wrong here: it normalises the tiny gradient of a
+            # temperature, which then walks down by the learning rate at every step.
+            self.range_optimizer = torch.optim.SGD(
+                self.range_loss.parameters(), lr=self.args.r2_learning_rate, weight_decay=0.0
+            )
+
+    # --- how often things count -------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Collect micro-batches; find out at the first ones whether the loss heeds the number of items.
+
+        Trainer believes that a model whose forward takes keyword arguments divides its loss by the items of the whole
+        optimizer step. Many do not (ResNet, BERT classifiers …), and then Trainer multiplies the task loss by the
+        accumulation steps and processes, which silently rescales the strength. So the loss is asked, once.
+        """
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        accumulates = self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1 or self.args.n_gpu > 1
+        if items is not None and accumulates and self.compute_loss_func is None and not self._probed:
+            self._probed = True
+            if not self._heeds_item_count(samples[0]):
+                self.model_accepts_loss_kwargs = False
+                items = None
+                logger.warning(
+                    "The loss of %s ignores the number of items in the batch. Trainer would multiply it by gradient "
+                    "accumulation and processes; it is averaged over them instead.",
+                    type(self.model).__name__,
+                )
+        return samples, items
+
+    @torch.no_grad()
+    def _heeds_item_count(self, batch: dict[str, Any]) -> bool:
+        """Tell whether doubling the number of items halves the loss."""
+        training = self.model.training
+        self.model.eval()
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=devices):
+                once, twice = (
+                    super(R2Mixin, self).compute_loss(
+                        self.model,
+                        dict(self._prepare_inputs(batch)),
+                        num_items_in_batch=torch.tensor(items, device=self.args.device),
+                    )
+                    for items in (1000, 2000)
+                )
+        finally:
+            self.model.train(training)
+        return torch.isclose(once, 2 * twice, rtol=1e-3).all().item()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the task loss, in training with this micro-batch's share of the R2 term."""
+        result = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        if self.range_loss is None or not model.training:
+            return result
+        loss, outputs = result if return_outputs else (result, None)
+        term = self.args.r2_strength * self.range_loss()
+        share = term / getattr(self, "current_gradient_accumulation_steps", 1)
+        self._r2_total = self._r2_total + share.detach()
+        # A loss that is a mean over the micro-batch is divided by the accumulation steps later, and the term with it
+        loss = loss + (share if self._loss_is_scaled(num_items_in_batch) else term)
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss_is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Tell, as `Trainer.training_step` does, whether the loss is already averaged over the accumulation steps."""
+        declared = getattr(self, "loss_is_scaled_for_ga", None)
+        if declared is not None:
+            return declared
+        by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return by_model or self.compute_loss_func is not None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Take a micro-batch's step; with the last of an optimizer step, update the learnable R2 parameters."""
+        loss = super().training_step(*args, **kwargs)
+        if self.range_loss is not None and self.accelerator.sync_gradients:
+            self._r2_steps += 1
+            if self.range_optimizer is not None:
+                if self.accelerator.scaler is not None:
+                    self.accelerator.scaler.step(self.range_optimizer)
+                else:
+                    self.range_optimizer.step()
+                self.range_optimizer.zero_grad()
+        return loss
+
+    # --- what is shown and kept -------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; beside the training loss also the task's part, the R2 term and the mean crest factor."""
+        if self.range_loss is not None and "loss" in logs and self._r2_steps:
+            logs["r2_loss"] = float(self._r2_total) / self._r2_steps
+            logs["task_loss"] = logs["loss"] - logs["r2_loss"]
+            crests = [crest_factor(weight) for _, weight in self.range_loss.weights()]
+            logs["crest_factor"] = float(torch.stack([crest.to(crests[0].device) for crest in crests]).mean())
+            self._r2_total, self._r2_steps = 0.0, 0
+        super().log(logs, start_time)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.range_optimizer is not None and self.args.should_save:
+            save_file(self.range_loss.state_dict(), Path(output_dir) / R2_STATE_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.range_optimizer is None:
+            return
+        path = os.path.join(checkpoint, R2_STATE_NAME)
+        state = load_file(path, device=str(self.args.device)) if os.path.isfile(path) else {}
+        expected = self.range_loss.state_dict()
+        if {name: tensor.shape for name, tensor in state.items()} != {
+            name: tensor.shape for name, tensor in expected.items()
+        }:
+            raise ValueError(
+                f"{checkpoint} does not hold the learnable values of r2_loss={self.args.r2_loss!r} with these "
+                "settings: resume with the r2_* arguments that it was trained with, or start without resuming"
+            )
+        self.range_loss.load_state_dict(state)
