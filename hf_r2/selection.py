@@ -61,7 +61,7 @@ def select_weights(
 
 
 def output_first(module: nn.Module, weight: Tensor) -> Tensor:
-    """Turn a weight so that its output channels come first: transposes that of a transformers Conv1D. Its own inverse."""
+    """Turn a weight so that its output channels come first: transpose that of a transformers Conv1D. Its own inverse."""
     return weight.T if isinstance(module, Conv1D) else weight
 
 

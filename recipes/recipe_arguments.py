@@ -24,7 +24,7 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str] | None = N
         SystemExit: with a message for a missing file, an unknown key (and its nearest known one) or a bad value.
 
     """
-    parser = HfArgumentParser(dataclass_types)
+    parser = HfArgumentParser(dataclass_types, usage="%(prog)s RECIPE.yaml [--key value …] [--section.key value …]")
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0].startswith("-"):
         parser.error("the first argument is a recipe, for example recipes/vision/digits/r2_2bit.yaml")
@@ -40,8 +40,11 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str] | None = N
         if key not in known:
             parser.error(f"unknown key {key!r} in {path}{_hint(key, known)}")
     arguments = _apply_dotted(recipe, arguments, parser)
-    parsed = parser.parse_args_into_dataclasses([*_as_options(recipe), *arguments], return_remaining_strings=True)
-    *dataclasses, remaining = parsed
+    options = [*_as_options(recipe), *arguments]
+    try:
+        *dataclasses, remaining = parser.parse_args_into_dataclasses(options, return_remaining_strings=True)
+    except ValueError as error:
+        parser.error(str(error))
     if remaining:
         parser.error(f"unknown option {remaining[0]!r}{_hint(remaining[0].lstrip('-'), known)}")
     return (*dataclasses, path)

@@ -49,10 +49,7 @@ class R2Quantizer(OptimumQuantizer):
 
         """
         quantizer = cls(model_or_path, revision)
-        config = AutoConfig.from_pretrained(quantizer.source, revision=revision)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ValueError(f"{quantizer.source} is already quantized; name the float checkpoint it was made from")
-        quantizer._model_class(config)
+        _model_class(quantizer.source, revision)
         return quantizer
 
     def quantize(
@@ -83,8 +80,7 @@ class R2Quantizer(OptimumQuantizer):
         start = time.perf_counter()
         if quantization_config.refine and calibration_dataset is None:
             raise ValueError(f"refine={quantization_config.refine} needs a calibration_dataset")
-        config = AutoConfig.from_pretrained(self.source, revision=self.revision)
-        model = self._model_class(config).from_pretrained(self.source, revision=self.revision)
+        model = load_float_model(self.source, self.revision)
         patterns = (quantization_config.include, quantization_config.skip, quantization_config.min_numel)
         before = weight_statistics(model, *patterns)
         selection = select_weights(model, *patterns)
@@ -104,7 +100,7 @@ class R2Quantizer(OptimumQuantizer):
                 preprocessor.save_pretrained(scratch)
             manifest.add(
                 "quantize",
-                base_model=_base_model(self.source),
+                base_model=manifest.last("train").get("hub_model_id") or _base_model(self.source),
                 quantization_config=quantization_config.to_dict(),
                 weights=_weight_facts(model.hf_quantizer.encoded, originals, before),
                 bytes={"float": float_bytes, "compressed": _file_bytes(scratch)},
@@ -113,15 +109,29 @@ class R2Quantizer(OptimumQuantizer):
             manifest.save(scratch)
         return model
 
-    def _model_class(self, config: transformers.PretrainedConfig) -> type[PreTrainedModel]:
-        architecture = (config.architectures or [None])[0]
-        model_class = getattr(transformers, architecture or "", None)
-        if model_class is None:
-            raise ValueError(
-                f"{self.source} names the architecture {architecture!r}, which this transformers does not have: "
-                "save it with save_pretrained of a transformers model class"
-            )
-        return model_class
+
+def load_float_model(source: str, revision: str = "main") -> PreTrainedModel:
+    """Load a float checkpoint in the class that its config names.
+
+    Raises:
+        ValueError: if it is already quantized, or does not say which model class it holds.
+
+    """
+    return _model_class(source, revision).from_pretrained(source, revision=revision)
+
+
+def _model_class(source: str, revision: str) -> type[PreTrainedModel]:
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{source} is already quantized; name the float checkpoint it was made from")
+    architecture = (config.architectures or [None])[0]
+    model_class = getattr(transformers, architecture or "", None)
+    if model_class is None:
+        raise ValueError(
+            f"{source} names the architecture {architecture!r}, which this transformers does not have: "
+            "save it with save_pretrained of a transformers model class"
+        )
+    return model_class
 
 
 def _batches(model: PreTrainedModel, dataset: Any, batch_size: int) -> Iterable[Mapping[str, Any]]:

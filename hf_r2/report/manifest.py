@@ -98,10 +98,16 @@ def environment() -> dict[str, Any]:
 
 
 def command_line(argv: list[str]) -> str:
-    """Join a command as a shell would read it, without the values of token options."""
-    shown: list[str] = []
+    """Join a command as a shell would read it: with its launcher, without the values of token options."""
+    program = Path(argv[0])
+    if program.suffix == ".py":
+        launched = {"ACCELERATE_MIXED_PRECISION": ["accelerate", "launch"], "TORCHELASTIC_RUN_ID": ["torchrun"]}
+        shown = next((words for variable, words in launched.items() if variable in os.environ), ["python"])
+        shown = [*shown, os.path.relpath(program)]
+    else:
+        shown = [program.name]
     hide = False
-    for argument in argv:
+    for argument in argv[1:]:
         option, equals, _ = argument.partition("=")
         secret = option.startswith("--") and option.endswith("token")
         shown.append("***" if hide else f"{option}=***" if secret and equals else argument)

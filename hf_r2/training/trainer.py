@@ -37,6 +37,7 @@ class R2Trainer(R2Mixin, Trainer):
         """Facts of the training stage: R2 arguments, seed, steps, seconds, and the logged curves."""
         r2 = {name: value for name, value in self.args.to_dict().items() if name.startswith("r2_")}
         return {
+            "hub_model_id": self.args.hub_model_id,
             "r2": r2 if self.range_loss is not None else None,
             "seed": self.args.seed,
             "steps": self.state.global_step,

@@ -1,0 +1,246 @@
+"""Train an image classifier with range regularization, compress it, evaluate it and write its model card.
+
+    accelerate launch recipes/run_image_classification.py recipes/vision/digits/r2_2bit.yaml [--key value …]
+
+The output directory holds `float/` and `compressed/` checkpoints (and the same under `baseline/`, trained without R2
+from the same seed); `compressed/README.md` is the card, and `compressed/manifest.json` what it is rendered from.
+"""
+
+import copy
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from image_data import load_images, to_pixels
+from recipe_arguments import parse_recipe
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ViTImageProcessor,
+    default_data_collator,
+    set_seed,
+)
+
+from hf_r2 import R2QuantizationConfig, R2Quantizer, R2Trainer, R2TrainingArguments, weight_statistics
+from hf_r2.evaluation import evaluate_classifier
+from hf_r2.files import atomic_directory
+from hf_r2.refine import batch_norms
+from hf_r2.report import Manifest, render_card, result_table, weight_histograms
+
+PICTURE_NAME = "weights.png"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RecipeArguments:
+    """What the recipe does beside training."""
+
+    name: str = field(metadata={"help": "Name of the model, the title of its card."})
+    dataset: str = field(metadata={"help": "'digits', a directory (imagefolder) or a name on the Hub."})
+    quantization: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keys of R2QuantizationConfig; JSON on the command line."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
+    image_column: str = field(default="image", metadata={"help": "Column of the images."})
+    label_column: str = field(default="label", metadata={"help": "Column of the class labels."})
+    evaluate_on: str = field(
+        default="test",
+        metadata={"help": "Split to evaluate on; 'validation_from_train' holds out a fifth of the training data."},
+    )
+    model_name: str | None = field(default=None, metadata={"help": "Float checkpoint to start from; or model_config."})
+    model_config: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Config of a model trained from scratch: model_type and its fields."}
+    )
+    image_size: int = field(default=224, metadata={"help": "Height and width in pixels, for model_config."})
+    with_baseline: bool = field(default=False, metadata={"help": "First run the same recipe without R2."})
+    reestimate_batch_norm: bool = field(
+        default=True, metadata={"help": "Re-estimate batch-norm statistics after compression, without labels."}
+    )
+    calibration_examples: int = field(default=1024, metadata={"help": "Training images for that, at most."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the results of an earlier run."})
+
+    def __post_init__(self) -> None:
+        for name in ("quantization", "model_config"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, json.loads(getattr(self, name)))
+        self.quantization = self.quantization or {}
+        if (self.model_name is None) == (self.model_config is None):
+            raise ValueError("name either model_name (a checkpoint to start from) or model_config (from scratch)")
+        R2QuantizationConfig(**self.quantization)
+
+
+@dataclass
+class Data:
+    """The two splits, as tensors on access, and facts for the manifest."""
+
+    train: Dataset
+    evaluation: Dataset
+    labels: list[str]
+    facts: dict[str, Any]
+
+
+def main() -> None:
+    recipe, training, path = parse_recipe((RecipeArguments, R2TrainingArguments))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    start = time.perf_counter()
+    output = Path(training.output_dir)
+    if (output / "compressed").exists() and not recipe.overwrite:
+        raise SystemExit(f"{output} holds an earlier run: add --overwrite true, or choose another --output_dir")
+    training.remove_unused_columns = False
+    processor = make_processor(recipe)
+    data = make_data(recipe, processor)
+
+    rows, models = [], {}
+    arms = (
+        [("baseline", output / "baseline"), ("R2", output)] if recipe.with_baseline else [(arm_name(training), output)]
+    )
+    for arm, directory in arms:
+        arguments = copy.deepcopy(training)
+        arguments.output_dir = str(directory)
+        if arm == "baseline":
+            arguments.r2_mode, arguments.hub_model_id = "none", None
+        trainer = train(recipe, arguments, data, processor)
+        if trainer.is_world_process_zero():
+            arm_rows, models[arm] = compress_and_evaluate(arm, recipe, arguments, data)
+            rows += arm_rows
+    if not trainer.is_world_process_zero():
+        return
+
+    rows[-1]["published"] = True
+    compressed = output / "compressed"
+    bits = f"{recipe.quantization.get('bits', R2QuantizationConfig().bits)}-bit"
+    weight_histograms(models, compressed / PICTURE_NAME, bits)
+    manifest = Manifest.load(compressed)
+    manifest.add(
+        "evaluate",
+        name=recipe.name,
+        recipe={"path": str(path), "text": path.read_text(encoding="utf-8").strip()},
+        data=data.facts,
+        rows=rows,
+        picture=PICTURE_NAME,
+        model_class="AutoModelForImageClassification",
+        pipeline_tag="image-classification",
+        seconds=time.perf_counter() - start,
+    )
+    manifest.save(compressed)
+    render_card(compressed)
+    logger.info("\n%s\n", result_table([rows]))
+    logger.info("Compressed checkpoint, model card and picture: %s", compressed)
+
+
+def arm_name(training: R2TrainingArguments) -> str:
+    return "baseline" if training.r2_mode == "none" or training.r2_strength == 0 else "R2"
+
+
+def make_processor(recipe: RecipeArguments) -> Any:
+    """Take the image processor of the start checkpoint, or one that resizes and scales to [−1, 1]."""
+    if recipe.model_name is not None:
+        return AutoImageProcessor.from_pretrained(recipe.model_name)
+    size = {"height": recipe.image_size, "width": recipe.image_size}
+    return ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+def make_data(recipe: RecipeArguments, processor: Any) -> Data:
+    splits = load_images(
+        recipe.dataset, recipe.image_column, recipe.label_column, recipe.evaluate_on, recipe.dataset_config
+    )
+    transform = to_pixels(processor, recipe.image_column, recipe.label_column)
+    facts = {
+        "name": recipe.dataset,
+        "hub_name": None if recipe.dataset == "digits" or Path(recipe.dataset).is_dir() else recipe.dataset,
+        "split": recipe.evaluate_on,
+        "train_examples": len(splits["train"]),
+        "fingerprint": f"{splits['train']._fingerprint}-{splits['evaluation']._fingerprint}",
+    }
+    labels = splits["train"].features[recipe.label_column].names
+    return Data(
+        splits["train"].with_transform(transform), splits["evaluation"].with_transform(transform), labels, facts
+    )
+
+
+def train(recipe: RecipeArguments, arguments: R2TrainingArguments, data: Data, processor: Any) -> R2Trainer:
+    """Train one arm and save its float checkpoint; every arm starts from the same seed."""
+    set_seed(arguments.seed)
+    trainer = R2Trainer(
+        model=make_model(recipe, data.labels),
+        args=arguments,
+        train_dataset=data.train,
+        data_collator=default_data_collator,
+        processing_class=processor,
+    )
+    trainer.train()
+    if trainer.is_world_process_zero():
+        with atomic_directory(Path(arguments.output_dir) / "float") as scratch:
+            trainer.save_model(str(scratch))
+            (scratch / "training_args.bin").unlink(missing_ok=True)
+    return trainer
+
+
+def make_model(recipe: RecipeArguments, labels: list[str]) -> torch.nn.Module:
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+    if recipe.model_name is not None:
+        return AutoModelForImageClassification.from_pretrained(
+            recipe.model_name, ignore_mismatched_sizes=True, num_labels=len(labels), **names
+        )
+    return AutoModelForImageClassification.from_config(AutoConfig.for_model(**recipe.model_config, **names))
+
+
+def compress_and_evaluate(
+    arm: str, recipe: RecipeArguments, arguments: R2TrainingArguments, data: Data
+) -> tuple[list[dict[str, Any]], tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Compress an arm's float checkpoint, and evaluate what a user would reload from disk.
+
+    Returns:
+        Result rows (float, compressed, compressed with batch norm re-estimated), and the float and compressed weights.
+
+    """
+    directory = Path(arguments.output_dir)
+    quantizer = R2Quantizer.from_pretrained(directory / "float")
+    config = R2QuantizationConfig(**recipe.quantization)
+    batches = DataLoader(
+        data.evaluation, batch_size=arguments.per_device_eval_batch_size, collate_fn=default_data_collator
+    )
+
+    model = AutoModelForImageClassification.from_pretrained(directory / "float")
+    statistics = weight_statistics(model, config.include, config.skip, config.min_numel)
+    crest = sum(weight.crest_factor for weight in statistics) / len(statistics)
+    floats = evaluate_classifier(model, batches, f"Evaluating {arm}, float")
+    float_bytes = weight_file_bytes(directory / "float")
+
+    def row(weights: str, batch_norm: str, metrics: dict[str, Any], size: int) -> dict[str, Any]:
+        facts = {"recipe": arm, "weights": weights, "batch_norm": batch_norm, "crest_factor": crest}
+        recovery = metrics["accuracy"] / floats["accuracy"] if floats["accuracy"] else 0.0
+        return {**facts, **metrics, "recovery": recovery, "bytes": size, "ratio": float_bytes / size}
+
+    has_batch_norm = bool(batch_norms(model))
+    as_trained = "as trained" if has_batch_norm else "none"
+    rows = [row("float", as_trained, floats, float_bytes)]
+    variants = [("compressed", as_trained, [])]
+    if has_batch_norm and recipe.reestimate_batch_norm:
+        variants = [("compressed_as_trained", as_trained, []), ("compressed", "re-estimated", ["batch_norm"])]
+    calibration = data.train.select(range(min(recipe.calibration_examples, len(data.train))))
+    for folder, batch_norm, refine in variants:
+        config = R2QuantizationConfig(**{**recipe.quantization, "refine": refine})
+        quantizer.quantize(directory / folder, config, calibration, arguments.per_device_eval_batch_size)
+        compressed = AutoModelForImageClassification.from_pretrained(directory / folder)
+        metrics = evaluate_classifier(compressed, batches, f"Evaluating {arm}, {config.bits}-bit, {batch_norm}")
+        rows.append(row(f"{config.bits}-bit", batch_norm, metrics, weight_file_bytes(directory / folder)))
+    names = [weight.name for weight in statistics if config.settings_for(weight.name).bits == config.bits]
+    weights = [[candidate.get_parameter(name) for name in names] for candidate in (model, compressed)]
+    return rows, (weights[0], weights[1])
+
+
+def weight_file_bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+if __name__ == "__main__":
+    main()

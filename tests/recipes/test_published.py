@@ -1,0 +1,94 @@
+"""What the README claims, held against the published manifests and cards."""
+
+import difflib
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import render_results
+import yaml
+from huggingface_hub import ModelCard
+
+from hf_r2.report import Manifest
+from hf_r2.report.card import TEMPLATE, card_facts
+
+ROOT = Path(__file__).parent.parent.parent
+RUNS = sorted((ROOT / "model_cards").glob("*/*/manifest.json"))
+DIGITS = sorted((ROOT / "model_cards/digits-resnet-r2-2bit").glob("seed-*"))
+
+
+def rows_of(run):
+    rows = Manifest.load(run).last("evaluate")["rows"]
+    return {(row["recipe"], row["weights"], row["batch_norm"]): row for row in rows}
+
+
+def test_readme_table_is_rendered_from_the_manifests():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text == render_results.insert(text, render_results.render(ROOT / "model_cards"))
+
+
+def test_digits_were_run_with_seeds_0_to_2():
+    assert [Manifest.load(run).last("train")["seed"] for run in DIGITS] == [0, 1, 2]
+
+
+def test_digits_collapse_without_r2_and_keep_most_with_it():
+    runs = [rows_of(run) for run in DIGITS]
+
+    def mean(*key):
+        return fmean(run[key]["accuracy"] for run in runs)
+
+    assert all(run["baseline", "2-bit", "as trained"]["collapsed"] for run in runs)
+    assert mean("R2", "2-bit", "as trained") >= 0.70
+    assert abs(mean("baseline", "float", "as trained") - mean("R2", "float", "as trained")) <= 0.01
+
+
+def test_digits_runs_used_the_committed_recipe():
+    recipe = (ROOT / "recipes/vision/digits/r2_2bit.yaml").read_text(encoding="utf-8").strip()
+    for run in DIGITS:
+        assert Manifest.load(run).last("evaluate")["recipe"]["text"] == recipe
+        assert Manifest.load(run).last("evaluate")["data"]["split"] == "test"
+
+
+@pytest.mark.parametrize("manifest", RUNS, ids=lambda path: f"{path.parts[-3]}-{path.parts[-2]}")
+def test_card_is_rendered_from_its_manifest(manifest):
+    from hf_r2.report.card import _metadata
+
+    facts = card_facts(Manifest.load(manifest.parent))
+    card = ModelCard.from_template(_metadata(facts), template_path=str(TEMPLATE), **facts)
+    assert str(card) == (manifest.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("manifest", RUNS, ids=lambda path: f"{path.parts[-3]}-{path.parts[-2]}")
+def test_card_has_its_metadata_and_no_placeholder(manifest):
+    card = ModelCard.load(manifest.parent / "README.md")
+    assert card.data.base_model_relation == "quantized"
+    assert card.data.base_model
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "image-classification"
+    assert {"hf_r2", "2-bit"} <= set(card.data.tags)
+    assert card.data.eval_results[0].metric_type == "accuracy"
+    for placeholder in ("More Information Needed", "TODO", "None", "nan", "{{", "/tmp/"):
+        assert placeholder not in card.text
+    picture = Manifest.load(manifest.parent).last("evaluate")["picture"]
+    assert f"]({picture})" in card.text
+    assert (manifest.parent / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_baseline_and_r2_recipes_differ_in_the_r2_lines_only():
+    folder = ROOT / "recipes/vision/digits"
+    texts = [
+        [line for line in (folder / name).read_text(encoding="utf-8").splitlines() if not line.startswith("# ")]
+        for name in ("baseline.yaml", "r2_2bit.yaml")
+    ]
+    changed = [line[2:] for line in difflib.ndiff(*texts) if line[:2] in ("- ", "+ ")]
+    assert {line.split(":")[0] for line in changed} == {
+        "name", "hub_model_id", "output_dir", "r2_mode", "r2_loss", "r2_strength", "r2_grain", "with_baseline",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("recipes/**/*.yaml")), ids=lambda path: path.stem)
+def test_recipe_header_holds_its_launch_line(recipe):
+    text = recipe.read_text(encoding="utf-8")
+    if "accelerate_configs" not in recipe.parts:
+        assert f"accelerate launch recipes/run_image_classification.py {recipe.relative_to(ROOT)}" in text
+        assert yaml.safe_load(text)["name"]

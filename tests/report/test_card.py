@@ -1,0 +1,86 @@
+import pytest
+from huggingface_hub import ModelCard
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from hf_r2 import R2QuantizationConfig, R2Quantizer
+from hf_r2.report import Manifest, render_card
+
+RECIPE = {"path": "recipe.yaml", "text": "name: toy\nbits: 3"}
+DATA = {"name": "digits", "hub_name": None, "split": "test", "train_examples": 5, "fingerprint": "f00d"}
+
+
+def row(recipe, weights, accuracy, **facts):
+    return {
+        "recipe": recipe, "weights": weights, "batch_norm": "as trained", "accuracy": accuracy, "collapsed": False,
+        "recovery": accuracy / 0.8, "crest_factor": 2.0, "bytes": 1000, "ratio": 4.0, "examples": 50, **facts,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3)
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "toy")
+    R2Quantizer.from_pretrained(tmp_path / "toy").quantize(
+        tmp_path / "toy-3bit", R2QuantizationConfig("palette", bits=3, grain="tensor")
+    )
+    return tmp_path / "toy-3bit"
+
+
+def evaluate(checkpoint, *rows):
+    manifest = Manifest.load(checkpoint)
+    facts = {"model_class": "AutoModelForImageClassification", "pipeline_tag": "image-classification"}
+    manifest.add(
+        "evaluate", name="toy-3bit", recipe=RECIPE, data=DATA, rows=rows, seconds=3.2, picture="w.png", **facts
+    )
+    manifest.save(checkpoint)
+
+
+def test_card_of_an_unevaluated_checkpoint_claims_no_accuracy(checkpoint):
+    card = render_card(checkpoint)
+    assert card.data.base_model == "toy"
+    assert card.data.eval_results is None
+    for section in ("## Results", "## Reproduce", "accuracy", "![", "None"):
+        assert section not in card.text
+    assert "palettes" in card.text
+    assert ModelCard.load(checkpoint / "README.md").text == card.text
+
+
+def test_card_of_an_evaluated_checkpoint_shows_what_was_measured(checkpoint):
+    evaluate(checkpoint, row("R2", "float", 0.8), row("R2", "3-bit", 0.6, published=True))
+    card = render_card(checkpoint)
+    assert "60.0 % accuracy on digits (test, 50 examples), 75.0 % of the float model's" in card.text
+    assert "![Histograms of the weights, float and compressed](w.png)" in card.text
+    assert "name: toy\nbits: 3" in card.text
+    assert "f00d" in card.text
+    reloaded = ModelCard.load(checkpoint / "README.md")
+    assert reloaded.data.eval_results[0].metric_value == 0.6
+    assert reloaded.data.base_model_relation == "quantized"
+
+
+def test_card_says_that_a_checkpoint_collapsed(checkpoint):
+    evaluate(checkpoint, row("R2", "3-bit", 0.3, collapsed=True, published=True))
+    assert "**This checkpoint collapsed" in render_card(checkpoint).text
+
+
+def test_card_describes_range_regularization_when_the_float_model_had_it(checkpoint):
+    assert "range regularization" not in render_card(checkpoint).text
+    manifest = Manifest.load(checkpoint)
+    r2 = {"r2_loss": "l_inf", "r2_strength": 0.1, "r2_grain": "tensor"}
+    manifest.add("train", r2=r2, seed=0)
+    manifest.save(checkpoint)
+    card = render_card(checkpoint)
+    assert "(`l_inf`, strength 0.1, grain tensor)" in card.text
+    assert "range-regularization" in card.data.tags
+
+
+def test_rendering_twice_gives_the_same_file(checkpoint):
+    render_card(checkpoint)
+    first = (checkpoint / "README.md").read_bytes()
+    render_card(checkpoint)
+    assert (checkpoint / "README.md").read_bytes() == first
+
+
+def test_directory_without_a_compressed_checkpoint_has_no_card(tmp_path):
+    with pytest.raises(ValueError, match=r"R2Quantizer\.quantize"):
+        render_card(tmp_path)
+    assert not (tmp_path / "README.md").exists()

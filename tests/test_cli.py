@@ -1,0 +1,56 @@
+import json
+
+import pytest
+from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
+from typer.testing import CliRunner
+
+from hf_r2.cli import app
+
+run = CliRunner().invoke
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "toy"
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3)
+    ResNetForImageClassification(config).save_pretrained(path)
+    return path
+
+
+def test_inspect_shows_every_weight(checkpoint):
+    result = run(app, ["inspect", str(checkpoint)])
+    assert result.exit_code == 0
+    assert "classifier.1.weight" in result.stdout
+
+
+def test_inspect_prints_json(checkpoint):
+    weights = json.loads(run(app, ["inspect", str(checkpoint), "--json"]).stdout)
+    assert {"name", "crest_factor", "sqnr"} <= set(weights[0])
+
+
+def test_quantize_leaves_a_checkpoint_with_its_card(checkpoint, tmp_path):
+    result = run(app, ["quantize", str(checkpoint), str(tmp_path / "out"), "--method", "palette", "--bits", "2"])
+    assert result.exit_code == 0, result.output
+    AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "out" / "README.md").unlink()
+    assert run(app, ["card", str(tmp_path / "out")]).exit_code == 0
+    assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == card
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "{model}", "{out}", "--bits", "1"], "bits=1"),
+        (["quantize", "{model}", "{out}", "--method", "pallete"], "unknown method 'pallete'"),
+        (["inspect", "{out}/missing"], "error: "),
+        (["card", "{out}"], "has no manifest"),
+    ],
+)
+def test_mistakes_end_with_one_message_and_nothing_written(checkpoint, tmp_path, arguments, message):
+    out = tmp_path / "out"
+    result = run(app, [argument.format(model=checkpoint, out=out) for argument in arguments])
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not out.exists()
