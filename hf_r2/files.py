@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -18,9 +18,11 @@ def atomic_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
         ValueError: if the path is a file.
 
     """
-    target = Path(directory)
+    target = Path(directory).absolute()
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; choose a directory")
+    if target.is_mount() or Path.cwd().is_relative_to(target):
+        raise ValueError(f"{target} cannot be replaced as a whole (in use or a mount point); choose a folder inside it")
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     scratch.chmod(0o755)
@@ -36,15 +38,20 @@ def _replace(scratch: Path, target: Path) -> None:
         scratch.rename(target)
         return
     # A folder with files cannot be renamed over: move the old one aside, and back if the new one cannot take its place
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent)) / target.name
-    target.rename(old)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+    old = aside / target.name
     try:
-        scratch.rename(target)
+        target.rename(old)
+        try:
+            scratch.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
     except BaseException:
-        old.rename(target)
+        with suppress(OSError):  # it holds the old folder if even that could not be moved back
+            aside.rmdir()
         raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def atomic_write(path: str | os.PathLike[str], text: str) -> None:

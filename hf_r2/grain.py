@@ -43,9 +43,10 @@ def blocks(weight: Tensor, grain: Grain) -> list[Tensor]:
         second one: the shorter last group of every channel. Groups are counted through the blocks in order.
 
     Raises:
-        ValueError: for an empty weight, and for channels or groups of a weight with fewer than two dimensions.
+        ValueError: for an unknown grain, an empty weight, and channels or groups of fewer than two dimensions.
 
     """
+    grain = parse_grain(grain)
     if weight.numel() == 0:
         raise ValueError("the weight has no elements; exclude it from the selection")
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -60,9 +61,9 @@ def blocks(weight: Tensor, grain: Grain) -> list[Tensor]:
 def join(parts: Sequence[Tensor], shape: Sequence[int], grain: Grain) -> Tensor:
     """Put blocks of any dtype back into a weight of the given shape: the inverse of [`blocks`]."""
     if grain == "tensor":
-        return parts[0].reshape(*shape)
+        return parts[0].reshape(tuple(shape))
     rows = [part.reshape(shape[0], -1) for part in parts]
-    return (rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)).reshape(*shape)
+    return (rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)).reshape(tuple(shape))
 
 
 def group_counts(shape: Sequence[int], grain: Grain) -> list[int]:

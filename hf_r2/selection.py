@@ -61,7 +61,7 @@ def select_weights(
 
 
 def output_first(module: nn.Module, weight: Tensor) -> Tensor:
-    """Turn a weight so that its output channels come first: transpose that of a transformers Conv1D. Its own inverse."""
+    """Put the output channels of a weight first: transpose that of a transformers Conv1D. Its own inverse."""
     return weight.T if isinstance(module, Conv1D) else weight
 
 
@@ -86,7 +86,7 @@ def _sharers(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     modules = {
         f"{prefix}.weight" if prefix else "weight": module
-        for prefix, module in model.named_modules()
+        for prefix, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, (*_COMPUTE_LAYERS, nn.Embedding))
     }
     shared: dict[int, list[tuple[str, nn.Module]]] = {}
@@ -95,4 +95,6 @@ def _sharers(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
         # A parametrized weight is computed anew at every access, so its module stands for it
         key = id(source._parameters.get("weight", source))
         shared.setdefault(key, []).append((name, module))
-    return [sorted(owners, key=lambda owner: owner[0] in tied) for owners in shared.values()]
+    position = {name: index for index, name in enumerate(modules)}
+    kept_first = [sorted(owners, key=lambda owner: owner[0] in tied) for owners in shared.values()]
+    return sorted(kept_first, key=lambda owners: position[owners[0][0]])

@@ -51,6 +51,10 @@ class Encoded:
         """Which elements share a codebook entry."""
         return self.settings.grain
 
+    def codebook_like(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return the shapes and dtypes of the codebook tensors by name, as the shape and settings ask for them."""
+        return CODECS[self.settings.method].codebook_like(self.shape, self.settings)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the packed codes and the codebook."""

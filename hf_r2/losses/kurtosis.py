@@ -27,12 +27,12 @@ def kurtosis(weight: Tensor, target: float = UNIFORM_KURTOSIS, grain: Grain = "t
     terms = []
     for block in blocks(weight, grain):
         centred = block - block.mean(dim=1, keepdim=True)
+        spread = block.detach().amax(dim=1) > block.detach().amin(dim=1)
         # The kurtosis does not depend on scale, so divide by the largest magnitude: fourth powers of small weights
         # would leave float32 otherwise.
-        largest = centred.detach().abs().amax(dim=1, keepdim=True)
-        spread = largest[:, 0] > 0
-        square = (centred / torch.where(largest > 0, largest, torch.ones_like(largest))).square()
-        second = torch.where(spread, square.mean(dim=1), torch.ones_like(largest[:, 0]))
+        largest = torch.where(spread, centred.detach().abs().amax(dim=1), 1)
+        square = (centred / largest[:, None]).square()
+        second = torch.where(spread, square.mean(dim=1), 1)
         value = square.square().mean(dim=1) / second.square()
-        terms.append(torch.where(spread, (value - target).square(), torch.zeros_like(value)).sum())
+        terms.append(torch.where(spread, (value - target).square(), 0).sum())
     return torch.stack(terms).sum()

@@ -1,6 +1,6 @@
 """A range loss over the selected weights of a model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -70,16 +70,9 @@ class RangeLoss(nn.Module):
             if kind in ("margin", "soft_min_max")
             else {}
         )
-        losses: dict[str, Callable[[str, Tensor], Tensor]] = {
-            "l_inf": lambda name, weight: l_inf(weight, self.grain),
-            "margin": lambda name, weight: margin(
-                weight, self._learned(name, weight), self.grain, reduction=margin_reduction
-            ),
-            "soft_min_max": lambda name, weight: soft_min_max(weight, self._learned(name, weight), self.grain),
-            "tail": lambda name, weight: tail_mean(weight, tail_fraction, self.grain),
-            "kurtosis": lambda name, weight: kurtosis(weight, kurtosis_target, self.grain),
-        }
-        self._loss = losses[kind]
+        self.margin_reduction = margin_reduction
+        self.tail_fraction = tail_fraction
+        self.kurtosis_target = kurtosis_target
 
     def weights(self) -> list[tuple[str, Tensor]]:
         """List the selected weights as (name, tensor with output channels first), as they are now."""
@@ -92,6 +85,19 @@ class RangeLoss(nn.Module):
         """Return the sum over the selected weights: a float32 scalar on the first weight's device."""
         terms = [self._loss(name, weight) for name, weight in self.weights()]
         return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+    def _loss(self, name: str, weight: Tensor) -> Tensor:
+        match self.kind:
+            case "l_inf":
+                return l_inf(weight, self.grain)
+            case "margin":
+                return margin(weight, self._learned(name, weight), self.grain, self.margin_reduction)
+            case "soft_min_max":
+                return soft_min_max(weight, self._learned(name, weight), self.grain)
+            case "tail":
+                return tail_mean(weight, self.tail_fraction, self.grain)
+            case _:
+                return kurtosis(weight, self.kurtosis_target, self.grain)
 
     def _learned(self, name: str, weight: Tensor) -> Tensor:
         return self.learnable[_key(name)].to(weight.device)

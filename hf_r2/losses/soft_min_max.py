@@ -30,7 +30,9 @@ def soft_min_max(weight: Tensor, temperature: Tensor | float, grain: Grain = "te
     a = torch.as_tensor(temperature, dtype=parts[0].dtype, device=weight.device).expand(groups)
     terms = []
     for block, a_block in zip(parts, a.split([len(part) for part in parts]), strict=True):
-        rms = block.detach().square().mean(dim=1).sqrt()
+        # Squares of weights beyond 1e19 or below 1e-19 would leave float32, so divide by the largest magnitude first
+        largest = block.detach().abs().amax(dim=1).clamp_min(torch.finfo(block.dtype).tiny)
+        rms = largest * (block.detach() / largest[:, None]).square().mean(dim=1).sqrt()
         u = block / rms.clamp_min(torch.finfo(block.dtype).tiny)[:, None]
         # softmax subtracts the largest exponent itself, so neither sum can overflow
         s_max = (u * torch.softmax(a_block[:, None] * u, dim=1)).sum(dim=1)

@@ -31,6 +31,7 @@ def tail_mean(weight: Tensor, fraction: float = 0.01, grain: Grain = "tensor") -
         raise ValueError(f"tail fraction {fraction} is not in (0, 1]; 0.01 takes the largest 1 % of the weights")
     terms = []
     for block in blocks(weight, grain):
-        count = math.ceil(fraction * block.shape[1])
+        # 0.07 · 100 is 7.000000000000001 in floating point: a hair above a whole number is that number
+        count = max(1, math.ceil(fraction * block.shape[1] * (1 - 1e-9)))
         terms.append(block.abs().topk(count, dim=1, sorted=False).values.mean(dim=1).sum())
     return torch.stack(terms).sum()

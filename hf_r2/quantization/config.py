@@ -70,60 +70,82 @@ class R2QuantizationConfig(QuantizationConfigMixin):
         known = (*_CODEC_OPTIONS, "overrides", "include", "skip", "min_numel", "refine")
         _refuse_unknown(unknown, known, "R2QuantizationConfig")
         self.quant_method = QUANT_METHOD
-        self._base = CodecSettings(method, bits, grain, symmetric, grid, range)
+        base = CodecSettings(method, bits, grain, symmetric, grid, range)
         for option in _CODEC_OPTIONS:
-            setattr(self, option, getattr(self._base, option))
-        self.overrides = {pattern: dict(options) for pattern, options in dict(overrides or {}).items()}
-        self.include = _patterns(include, "include")
-        self.skip = _patterns(skip, "skip")
+            setattr(self, option, getattr(base, option))
+        self.overrides = _pairs(overrides)
+        self.include = _strings(include, "include")
+        self.skip = _strings(skip, "skip")
         self.min_numel = min_numel
-        self.refine = list(refine)
+        self.refine = _strings(refine, "refine")
         self.format_version = format_version
-        self.sha256 = dict(sha256) if sha256 else None
-        for step in self.refine:
+        self.sha256 = sha256
+        if isinstance(min_numel, bool) or not isinstance(min_numel, int) or min_numel < 0:
+            raise ValueError(f"min_numel={min_numel!r} is not a whole number ≥ 0")
+        for step in self.refine or ():
             if step not in REFINEMENTS:
                 raise ValueError(f"unknown refinement {step!r}: use one of {', '.join(REFINEMENTS)}")
-        for pattern, options in self.overrides.items():
+        for pattern, options in self.overrides:
             _refuse_unknown(options, _CODEC_OPTIONS, f"overrides[{pattern!r}]")
-            self._override(self._base, options)
+            _override(base, options)
 
     def settings_for(self, name: str | None) -> CodecSettings:
-        """Return the codec settings of the weight of this name: the base with every override that matches."""
-        settings = self._base
-        for pattern, options in self.overrides.items():
+        """Return the codec settings of the weight of this name: the config's own, with every override that matches."""
+        settings = CodecSettings(**{option: getattr(self, option) for option in _CODEC_OPTIONS})
+        for pattern, options in self.overrides:
             if name is not None and matches(name, [pattern]):
-                settings = self._override(settings, options)
+                settings = _override(settings, options)
         return settings
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config as JSON holds it: all that a reader needs, without what was left at None or empty."""
-        content = {"quant_method": self.quant_method, **self._base.to_dict()}
-        for key in ("include", "skip", "min_numel", "refine", "format_version", "sha256"):
+        """Return the config as JSON holds it: all that a reader needs, without what was left at None or empty.
+
+        Overrides are a list, because transformers sorts the keys of config.json, and their order counts.
+        """
+        content = {"quant_method": self.quant_method, **self.settings_for(None).to_dict()}
+        for key in ("overrides", "include", "skip", "min_numel", "refine", "format_version", "sha256"):
             if getattr(self, key):
                 content[key] = getattr(self, key)
-        if self.overrides:
-            # Pairs, because transformers sorts the keys of config.json, and the order of overrides counts
-            content["overrides"] = [[pattern, options] for pattern, options in self.overrides.items()]
         return content
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what `print(config)` shows; the same as [`to_dict`]."""
         return self.to_dict()
 
-    @staticmethod
-    def _override(settings: CodecSettings, options: Mapping[str, Any]) -> CodecSettings:
-        kept = settings.to_dict()
-        if options.get("method", settings.method) != settings.method:
-            kept = {"bits": settings.bits, "grain": settings.grain}
-        elif options.get("symmetric") is False:
-            kept.pop("grid", None)
-        return CodecSettings(**{**kept, **options})
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, R2QuantizationConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None
 
 
-def _patterns(patterns: Sequence[str] | None, option: str) -> list[str] | None:
-    if isinstance(patterns, str):
-        raise ValueError(f"{option} is a list of patterns; write [{patterns!r}]")
-    return None if patterns is None else list(patterns)
+def _override(settings: CodecSettings, options: Mapping[str, Any]) -> CodecSettings:
+    kept = settings.to_dict()
+    if options.get("method", settings.method) != settings.method:
+        kept = {"bits": settings.bits, "grain": settings.grain}
+    elif options.get("symmetric") is False:
+        kept.pop("grid", None)
+    return CodecSettings(**{**kept, **options})
+
+
+def _pairs(overrides: Any) -> list[list[Any]]:
+    pairs = list(overrides.items() if isinstance(overrides, Mapping) else overrides or ())
+    for pair in pairs:
+        if isinstance(pair, str) or len(pair) != 2 or not isinstance(pair[1], Mapping):
+            raise ValueError(
+                f"overrides maps patterns to settings, as in {{'classifier.*': {{'bits': 8}}}}; got {pair!r}"
+            )
+    return [[pattern, dict(options)] for pattern, options in pairs]
+
+
+def _strings(values: Any, option: str) -> list[str] | None:
+    if values is None:
+        return None
+    kind = "steps" if option == "refine" else "patterns"
+    if isinstance(values, str):
+        raise ValueError(f"{option} is a list of {kind}; write [{values!r}]")
+    if not isinstance(values, Sequence) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{option} is a list of {kind}, got {values!r}")
+    return list(values)
 
 
 def _refuse_unknown(keys: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer
 
-from hf_r2.codecs import CODECS, Encoded, decode, encode
+from hf_r2.codecs import Encoded, decode, encode
 from hf_r2.codecs.bitpack import packed_size
 from hf_r2.quantization.config import R2QuantizationConfig
-from hf_r2.quantization.integrity import check_files, content_digests, verify_content
+from hf_r2.quantization.integrity import content_digests, verify_content, verify_layout, verify_settings
 from hf_r2.selection import output_first, require_match, select_weights
 
 
@@ -31,11 +32,22 @@ class R2HfQuantizer(HfQuantizer):
         self.encoded: dict[str, Encoded] = {}
 
     def selection(self, model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-        """Select the weights that the config compresses."""
+        """Select the weights that the config compresses.
+
+        Raises:
+            ValueError: for a pattern without a match, an empty selection, and a weight that is not a plain parameter.
+
+        """
         config = self.quantization_config
         selected = select_weights(model, config.include, config.skip, config.min_numel)
-        for pattern in config.overrides:
+        for pattern, _ in config.overrides:
             require_match(pattern, list(selected))
+        for name, (module, attribute) in selected.items():
+            if attribute not in module._parameters:
+                raise ValueError(
+                    f"weight {name!r} is computed by a parametrization such as weight normalization and cannot be "
+                    f"compressed: remove the parametrization, or put {name!r} into skip"
+                )
         return selected
 
     # --- loading ----------------------------------------------------------------------------------------------------
@@ -46,17 +58,27 @@ class R2HfQuantizer(HfQuantizer):
         """Give a compressed checkpoint a skeleton whose tensors have the names, shapes and dtypes of the file."""
         if not self.pre_quantized:
             return
-        check_files(checkpoint_files or [])
-        for name, (module, attribute) in self.selection(model).items():
+        verify_layout(checkpoint_files or [], self.quantization_config.sha256)
+        try:
+            selection = self.selection(model)
+        except ValueError as error:
+            raise ValueError(f"{error}. {self._class_hint(model)}") from error
+        for name, (module, attribute) in selection.items():
             weight = getattr(module, attribute)
             settings = self.quantization_config.settings_for(name)
             shape = output_first(module, weight).shape
             codes = torch.empty(packed_size(weight.numel(), settings.bits), dtype=torch.uint8, device="meta")
             self.encoded[name] = Encoded(codes, {}, shape, weight.dtype, settings)
-            setattr(module, attribute, nn.Parameter(codes, requires_grad=False))
+        try:
+            verify_settings(self.encoded, self.quantization_config.sha256)
+        except ValueError as error:
+            raise ValueError(f"{error}. {self._class_hint(model)}") from error
+        for name, (module, attribute) in selection.items():
+            encoded = self.encoded[name]
+            setattr(module, attribute, nn.Parameter(encoded.codes, requires_grad=False))
             # transformers initializes modules before it looks whether they were loaded, and flat codes have no fan-in
             module._is_hf_initialized = True
-            for key, (size, dtype) in CODECS[settings.method].codebook_like(shape, settings).items():
+            for key, (size, dtype) in encoded.codebook_like().items():
                 module.register_buffer(f"{attribute}_{key}", torch.empty(size, dtype=dtype, device="meta"))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -64,7 +86,7 @@ class R2HfQuantizer(HfQuantizer):
         selection = self.selection(model)
         if self.pre_quantized:
             self._collect(selection)
-            verify_content(*self._tensors(model), self.quantization_config.sha256 or {})
+            verify_content(*self._tensors(model), self.quantization_config.sha256)
         weights = tqdm(selection.items(), desc="Compressing", unit="weight", disable=self.pre_quantized)
         for name, (module, attribute) in weights:
             if not self.pre_quantized:
@@ -73,6 +95,9 @@ class R2HfQuantizer(HfQuantizer):
             decoded = output_first(module, decode(self.encoded[name])).contiguous()
             setattr(module, attribute, nn.Parameter(decoded))
         model.tie_weights()
+        # transformers would merge or split weights back into the layout of older checkpoints, and codes with them
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [entry for entry in conversions if not isinstance(entry, WeightConverter)]
         return model
 
     def _collect(self, selection: dict[str, tuple[nn.Module, str]]) -> None:
@@ -80,15 +105,14 @@ class R2HfQuantizer(HfQuantizer):
         for name, (module, attribute) in selection.items():
             encoded = self.encoded[name]
             encoded.codes = getattr(module, attribute).data
-            expected = CODECS[encoded.settings.method].codebook_like(encoded.shape, encoded.settings)
-            for key, (size, dtype) in expected.items():
-                tensor = module._buffers.pop(f"{attribute}_{key}")
-                if tensor.shape != size or tensor.dtype != dtype:
-                    raise ValueError(
-                        f"{name}_{key} has {tensor.dtype} {tuple(tensor.shape)}, its config asks for {dtype} {size}: "
-                        "config.json and the weights do not belong together"
-                    )
-                encoded.codebook[key] = tensor
+            encoded.codebook = {key: module._buffers.pop(f"{attribute}_{key}") for key in encoded.codebook_like()}
+            if encoded.codes.is_meta:
+                raise ValueError("a device_map that offloads to disk is not supported: leave out the disk")
+
+    @staticmethod
+    def _class_hint(model: PreTrainedModel) -> str:
+        saved = ", ".join(model.config.architectures or ["unknown"])
+        return f"The checkpoint was saved from {saved}; load it with that class, this is {type(model).__name__}"
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -99,7 +123,10 @@ class R2HfQuantizer(HfQuantizer):
             ValueError: if a weight is no longer what its codes say.
 
         """
-        for name, (module, attribute) in self.selection(model).items():
+        selection = self.selection(model)
+        for name in selection.keys() ^ self.encoded.keys():
+            raise ValueError(f"weight {name!r} came or went after compression: compress the changed model again")
+        for name, (module, attribute) in selection.items():
             decoded = output_first(module, decode(self.encoded[name]))
             weight = getattr(module, attribute)
             if not torch.equal(decoded.to(weight), weight):
@@ -108,7 +135,7 @@ class R2HfQuantizer(HfQuantizer):
                     "describe it: call `model.dequantize()` and compress it again, or save that float model"
                 )
         codes, rest = self._tensors(model)
-        self.quantization_config.sha256 = content_digests(codes, rest)
+        self.quantization_config.sha256 = content_digests(self.encoded, codes, rest)
         return {**rest, **codes}, {}
 
     def _tensors(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -123,9 +150,11 @@ class R2HfQuantizer(HfQuantizer):
         }
         return codes, rest
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """Keep the decoded float weights and let go of the codes."""
         self.encoded.clear()
+        if isinstance(dtype, str):  # as save_pretrained leaves config.dtype
+            dtype = getattr(torch, dtype)
         return model if dtype is None else model.to(dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -1,4 +1,9 @@
-"""What tells a sound checkpoint from a damaged one."""
+"""What tells a sound checkpoint from a damaged one.
+
+The config of a checkpoint carries four digests: of the codec settings by weight, of the layout of all tensors (dtypes
+and shapes), of the codes with their codebooks, and of every other tensor. The first two are checked before any weight
+is read.
+"""
 
 import hashlib
 import json
@@ -7,74 +12,121 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hf_r2.codecs import Encoded
+
 _DAMAGED = "the checkpoint is damaged or was changed by hand; download or save it again"
+_RECORDED = ("settings", "layout", "codes", "rest", "rest_dtypes")
+_DTYPE_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
-def content_digests(codes: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Digest a checkpoint's tensors: the codes and codebooks, and all others.
+def content_digests(
+    encoded: Mapping[str, Encoded], codes: Mapping[str, Tensor], rest: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Digest what a checkpoint is about to hold.
 
     Args:
-        codes: packed codes and codebooks by tensor name.
+        encoded: the compressed weights by parameter name.
+        codes: their packed codes and codebooks by tensor name.
         rest: every other tensor by name.
 
     Returns:
-        `codes` and `rest`, hexadecimal SHA-256 digests, and `rest_dtypes`, the dtypes that `rest` was taken in.
+        Hexadecimal SHA-256 digests `settings`, `layout`, `codes` and `rest`, and the dtypes of `rest` as `rest_dtypes`.
 
     """
-    return {"codes": _digest(codes), "rest": _digest(rest), "rest_dtypes": _dtypes(rest.values())}
+    tensors = (*codes.values(), *rest.values())
+    return {
+        "settings": _settings_digest(encoded),
+        "layout": _layout_digest((_DTYPE_CODES.get(tensor.dtype, "other"), list(tensor.shape)) for tensor in tensors),
+        "codes": _content_digest(codes),
+        "rest": _content_digest(rest),
+        "rest_dtypes": _dtypes(rest.values()),
+    }
+
+
+def verify_layout(files: Iterable[str], recorded: Mapping[str, Any] | None) -> None:
+    """Check a checkpoint's files before their tensors are read: whole, well-formed, with the tensors that were saved.
+
+    Raises:
+        ValueError: for a truncated or malformed file, other tensors than were saved, or missing digests.
+
+    """
+    if not isinstance(recorded, Mapping) or not set(_RECORDED) <= set(recorded):
+        raise ValueError(f"quantization_config has no complete sha256: {_DAMAGED}")
+    layout = []
+    for path in map(Path, files):
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path.name} is not a safetensors file, the only kind that hf_r2 writes: {_DAMAGED}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118 (not a dict)
+                layout += [(tensor.get_dtype(), list(tensor.get_shape())) for tensor in slices]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path.name} cannot be read ({error}): {_DAMAGED}") from error
+    codes = _DTYPE_CODES.values()
+    known = ((dtype if dtype in codes else "other", shape) for dtype, shape in layout)
+    if layout and _layout_digest(known) != recorded["layout"]:
+        raise ValueError(f"the files hold tensors of other dtypes or shapes than were saved: {_DAMAGED}")
+
+
+def verify_settings(encoded: Mapping[str, Encoded], recorded: Mapping[str, Any]) -> None:
+    """Check that the config still compresses the weights that it was saved with, as it did.
+
+    Raises:
+        ValueError: if a weight, its shape or a setting differs.
+
+    """
+    if _settings_digest(encoded) != recorded["settings"]:
+        raise ValueError(f"config.json and the weights do not belong together: {_DAMAGED}")
 
 
 def verify_content(codes: Mapping[str, Tensor], rest: Mapping[str, Tensor], recorded: Mapping[str, Any]) -> None:
     """Compare loaded tensors with the digests of their checkpoint.
 
-    The other tensors are skipped when they were loaded in another dtype than they were saved in, as `dtype=` does, or
-    not into memory, as an offloading `device_map` does.
+    The other tensors are skipped when they were loaded in another dtype than they were saved in, as `dtype=` does.
 
     Raises:
         ValueError: if a bit differs.
 
     """
-    if _digest(codes) != recorded.get("codes"):
+    if _content_digest(codes) != recorded["codes"]:
         raise ValueError(f"the compressed weights do not match their SHA-256: {_DAMAGED}")
-    comparable = _dtypes(rest.values()) == recorded.get("rest_dtypes")
-    if comparable and not any(tensor.is_meta for tensor in rest.values()) and _digest(rest) != recorded.get("rest"):
+    if _dtypes(rest.values()) == recorded["rest_dtypes"] and _content_digest(rest) != recorded["rest"]:
         raise ValueError(f"the uncompressed tensors do not match their SHA-256: {_DAMAGED}")
 
 
-def check_files(files: Iterable[str]) -> None:
-    """Check that safetensors files are as long as their headers say, before anything reads them.
-
-    Raises:
-        ValueError: for a truncated file or a header that is not one.
-
-    """
-    for path in map(Path, files):
-        if path.suffix != ".safetensors":
-            raise ValueError(f"{path.name} is not a safetensors file, the only kind that hf_r2 writes: {_DAMAGED}")
-        size = path.stat().st_size
-        try:
-            with path.open("rb") as handle:
-                header_size = int.from_bytes(handle.read(8), "little")
-                if header_size > size - 8:
-                    raise ValueError("its header is cut off")
-                header = json.loads(handle.read(header_size))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"{path.name} is not a sound safetensors file ({error}): {_DAMAGED}") from error
-        expected = 8 + header_size + max(ends, default=0)
-        if size != expected:
-            raise ValueError(f"{path.name} has {size} bytes where its header says {expected}: {_DAMAGED}")
+def _settings_digest(encoded: Mapping[str, Encoded]) -> str:
+    return _json_digest({name: [list(weight.shape), weight.settings.to_dict()] for name, weight in encoded.items()})
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def _layout_digest(tensors: Iterable[tuple[str, list[int]]]) -> str:
+    """Digest dtypes and shapes without names, which transformers may change between memory and file."""
+    return _json_digest(sorted(tensors))
+
+
+def _json_digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _content_digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        if not tensor.is_meta:
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

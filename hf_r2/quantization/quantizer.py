@@ -41,15 +41,15 @@ class R2Quantizer(OptimumQuantizer):
         self.revision = revision
 
     @classmethod
-    def from_pretrained(cls, model_or_path: str | os.PathLike[str], revision: str = "main") -> "R2Quantizer":
+    def from_pretrained(cls, model_or_path: str | os.PathLike[str]) -> "R2Quantizer":
         """Name the float checkpoint to compress.
 
         Raises:
             ValueError: if it is already quantized, or does not say which model class it holds.
 
         """
-        quantizer = cls(model_or_path, revision)
-        _model_class(quantizer.source, revision)
+        quantizer = cls(model_or_path)
+        _model_class(quantizer.source)
         return quantizer
 
     def quantize(
@@ -80,7 +80,7 @@ class R2Quantizer(OptimumQuantizer):
         start = time.perf_counter()
         if quantization_config.refine and calibration_dataset is None:
             raise ValueError(f"refine={quantization_config.refine} needs a calibration_dataset")
-        model = load_float_model(self.source, self.revision)
+        model = load_float_model(self.source)
         patterns = (quantization_config.include, quantization_config.skip, quantization_config.min_numel)
         before = weight_statistics(model, *patterns)
         selection = select_weights(model, *patterns)
@@ -110,18 +110,24 @@ class R2Quantizer(OptimumQuantizer):
         return model
 
 
-def load_float_model(source: str, revision: str = "main") -> PreTrainedModel:
+def load_float_model(source: str) -> PreTrainedModel:
     """Load a float checkpoint in the class that its config names.
 
     Raises:
-        ValueError: if it is already quantized, or does not say which model class it holds.
+        ValueError: if it is already quantized, lacks weights, or does not say which model class it holds.
 
     """
-    return _model_class(source, revision).from_pretrained(source, revision=revision)
+    model, info = _model_class(source).from_pretrained(source, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{source} lacks {len(info['missing_keys'])} tensors of {type(model).__name__}, for example "
+            f"{min(info['missing_keys'])!r}: save the whole model, the missing ones would be random"
+        )
+    return model
 
 
-def _model_class(source: str, revision: str) -> type[PreTrainedModel]:
-    config = AutoConfig.from_pretrained(source, revision=revision)
+def _model_class(source: str) -> type[PreTrainedModel]:
+    config = AutoConfig.from_pretrained(source)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{source} is already quantized; name the float checkpoint it was made from")
     architecture = (config.architectures or [None])[0]

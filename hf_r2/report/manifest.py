@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hf_r2.files import atomic_write
@@ -47,7 +48,9 @@ class Manifest:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             version, stages = content["manifest_version"], content["stages"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if not isinstance(stages, list) or not all("stage" in dict(entry) for entry in stages):
+                raise TypeError("its stages are not a list of stages")
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not an hf_r2 manifest ({error}); delete it or restore it") from error
         if version != MANIFEST_VERSION:
             raise ValueError(f"{path} has version {version}, this hf_r2 reads {MANIFEST_VERSION}; upgrade hf_r2")
@@ -136,6 +139,8 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
         return [_plain(item) for item in value]
+    if isinstance(value, np.generic | torch.Tensor):
+        return _plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, str | int | bool):

@@ -54,21 +54,20 @@ def weight_statistics(
 
     """
     selection = select_weights(model, include, exclude, min_numel)
-    return [
-        _statistics(name, output_first(module, getattr(module, attribute)))
-        for name, (module, attribute) in selection.items()
-    ]
+    return [_statistics(name, module, getattr(module, attribute)) for name, (module, attribute) in selection.items()]
 
 
 @torch.no_grad()
 def crest_factor(weight: Tensor) -> Tensor:
     """max|W| / rms(W) of a whole weight as a float32 scalar tensor; 0 for a weight of zeros."""
-    weight = weight.float()
-    rms = weight.square().mean().sqrt()
-    return weight.abs().amax() / rms.clamp_min(torch.finfo(torch.float32).tiny)
+    # Divided by the largest magnitude first, the squares of no weight leave float32
+    largest = weight.abs().amax().float().clamp_min(torch.finfo(torch.float32).tiny)
+    shares = weight.float() / largest
+    return shares.abs().amax() / shares.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _statistics(name: str, weight: Tensor) -> WeightStatistics:
+def _statistics(name: str, module: nn.Module, parameter: Tensor) -> WeightStatistics:
+    weight = output_first(module, parameter)
     low, high = weight.min().item(), weight.max().item()
     values = weight.double()
     centred = values - values.mean()
@@ -76,7 +75,7 @@ def _statistics(name: str, weight: Tensor) -> WeightStatistics:
     kurtosis = (centred.square().square().mean() / variance.square()).item() if variance > 0 else 0.0
     return WeightStatistics(
         name=name,
-        shape=tuple(weight.shape),
+        shape=tuple(parameter.shape),
         min=low,
         max=high,
         rms=values.square().mean().sqrt().item(),

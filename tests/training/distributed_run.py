@@ -1,0 +1,33 @@
+"""One training that every process of a launch runs: `distributed_run.py OUTPUT_DIRECTORY JSON_SETTINGS`."""
+
+import json
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+from training_cases import MODELS, make_data, make_trainer, snapshot
+
+
+def main(output_dir, name, examples, arguments):
+    data = make_data(name, examples)
+    trainer = make_trainer(MODELS[name](), data, output_dir, trainer_kwargs={"eval_dataset": data}, **arguments)
+    eval_loss_before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    eval_loss = trainer.evaluate()["eval_loss"]
+    rank = trainer.args.process_index
+    save_file(snapshot(trainer.model), output_dir / f"weights-{rank}.safetensors")
+    save_file(snapshot(trainer.range_loss), output_dir / f"learnable-{rank}.safetensors")
+    result = {
+        "processes": trainer.args.world_size,
+        "logs": trainer.state.log_history,
+        "eval_loss_before": eval_loss_before,
+        "eval_loss": eval_loss,
+    }
+    (output_dir / f"result-{rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    settings = json.loads(sys.argv[2])
+    directory = Path(sys.argv[1])
+    directory.mkdir(parents=True, exist_ok=True)
+    main(directory, **settings)
