@@ -35,18 +35,32 @@ def kmeans_1d(values: Tensor, k: int) -> Tensor:
 
 def _solve(values: np.ndarray, k: int) -> np.ndarray:
     ordered = np.sort(values, axis=1)
+    rank = np.cumsum(np.diff(ordered, axis=1, prepend=ordered[:, :1]) > 0, axis=1)
+    few = rank[:, -1] < k
+    tables = np.repeat(ordered[:, -1:], k, axis=1)
+    # Rows of at most k distinct values are their own tables, to the last bit
+    row = np.flatnonzero(few)[:, None]
+    tables[row, rank[few]] = ordered[few]
+    if not few.all():
+        tables[~few] = _optimum(ordered[~few], k)
+    return tables
+
+
+def _optimum(ordered: np.ndarray, k: int) -> np.ndarray:
     # Around its mean a row's squares lose no digits to a common offset
     centre = ordered.mean(axis=1, keepdims=True)
-    ordered = ordered - centre
+    centred = ordered - centre
     edges = _bin_edges(ordered)
-    first = _prefix_sums(ordered)
-    first_at, second_at = (np.take_along_axis(sums, edges, axis=1) for sums in (first, _prefix_sums(ordered**2)))
-    cuts = _optimal_cuts(edges.astype(np.float64), first_at, second_at, k)
-    empty = np.broadcast_to(ordered[:, -1:], (len(ordered), k))
-    means = _means(first, np.take_along_axis(edges, cuts, axis=1), empty)
+    first = _prefix_sums(centred)
+    first_at, second_at = (np.take_along_axis(sums, edges, axis=1) for sums in (first, _prefix_sums(centred**2)))
+    cuts = np.take_along_axis(edges, _optimal_cuts(edges.astype(np.float64), first_at, second_at, k), axis=1)
     if edges.shape[1] <= ordered.shape[1]:
-        means = _polish(ordered, first, means)
-    return np.sort(means, axis=1) + centre
+        cuts = _polish(centred, first, cuts)
+    # A mean lies between the ends of its cluster, whatever rounding says: a cluster of equal values is that value
+    lowest = np.take_along_axis(ordered, np.minimum(cuts[:, :-1], ordered.shape[1] - 1), axis=1)
+    highest = np.take_along_axis(ordered, np.maximum(cuts[:, 1:] - 1, 0), axis=1)
+    means = _means(first, cuts, empty=centred[:, -1:]) + centre
+    return np.sort(np.where(highest >= lowest, np.clip(means, lowest, highest), means), axis=1)
 
 
 def _prefix_sums(values: np.ndarray) -> np.ndarray:
@@ -143,17 +157,14 @@ def _means(first: np.ndarray, cuts: np.ndarray, empty: np.ndarray) -> np.ndarray
     return np.where(size > 0, total / np.maximum(size, 1), empty)
 
 
-def _polish(ordered: np.ndarray, first: np.ndarray, means: np.ndarray) -> np.ndarray:
-    """Lloyd's algorithm on all sorted values, from the means of the binned optimum, until no value changes cluster."""
-    values = torch.from_numpy(np.ascontiguousarray(ordered))
-    cuts = np.zeros((len(means), means.shape[1] + 1), dtype=np.int64)
-    cuts[:, -1] = ordered.shape[1]
+def _polish(centred: np.ndarray, first: np.ndarray, cuts: np.ndarray) -> np.ndarray:
+    """Lloyd's algorithm on all sorted values, from the cuts of the binned optimum, until none of them moves."""
+    values = torch.from_numpy(np.ascontiguousarray(centred))
     for _ in range(_POLISH_STEPS):
-        means = np.sort(means, axis=1)
+        means = np.sort(_means(first, cuts, empty=centred[:, -1:]), axis=1)
         midpoints = torch.from_numpy(np.ascontiguousarray((means[:, :-1] + means[:, 1:]) / 2))
         moved = torch.searchsorted(values, midpoints).numpy()
         if np.array_equal(moved, cuts[:, 1:-1]):
             break
-        cuts[:, 1:-1] = moved
-        means = _means(first, cuts, means)
-    return means
+        cuts = np.concatenate([cuts[:, :1], moved, cuts[:, -1:]], axis=1)
+    return cuts

@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_r2.codecs.settings import CodecSettings
 from hf_r2.grain import blocks, group_counts, join
 
-_COARSE, _FINE = 64, 17  # candidates of the two passes of the range search
+_COARSE, _FINE = 128, 33  # candidates of the two passes of the range search
 
 
 def codebook_like(shape: Sequence[int], settings: CodecSettings) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -86,30 +86,28 @@ def _round(block: Tensor, scale: Tensor, offset: Tensor, settings: CodecSettings
 def _least_squared_error(block: Tensor, full: Tensor, offset: Tensor, settings: CodecSettings) -> Tensor:
     """Search the scale of least squared error for each group, from the min-max scale downwards.
 
-    The error is not convex in the scale, so a geometric pass looks everywhere between the full range and half the rms
-    (no grid of these is best below that) and a linear pass then refines between the neighbours of its best candidate.
+    The error has many local minima, close together at many bits and far below the full range under outliers. So one
+    pass looks everywhere between the full range and half the rms (no grid of these is best below that), in steps that
+    shrink towards small ranges, and a second one at equal steps between the neighbours of its best candidate.
     """
     rms = block.square().mean(dim=1).sqrt()
     least = (0.5 * rms / block.abs().amax(dim=1).clamp_min(torch.finfo(block.dtype).tiny)).clamp(1e-6, 1)
 
-    def best(candidates: Tensor) -> Tensor:
-        """Index of the best of `(candidates, groups)` shares of the full scale."""
-        errors = []
-        for share in candidates:
-            scale = share * full
-            decoded = (_round(block, scale, offset, settings) - offset[:, None]) * scale[:, None]
-            errors.append((decoded - block).square().sum(dim=1))
-        return torch.stack(errors).argmin(dim=0)
+    def errors(shares: Tensor) -> Tensor:
+        """Squared error for each of `(candidates, groups)` shares of the full scale."""
+        scales = shares * full
+        return torch.stack(
+            [
+                ((_round(block, scale, offset, settings) - offset[:, None]) * scale[:, None] - block)
+                .square()
+                .sum(dim=1)
+                for scale in scales
+            ]
+        )
 
-    exponents = torch.linspace(0, 1, _COARSE, device=block.device)[:, None]
-    coarse = least.pow(exponents)
-    index = best(coarse)
-    upper = coarse.gather(0, (index - 1).clamp_min(0)[None])
-    lower = coarse.gather(0, (index + 1).clamp_max(_COARSE - 1)[None])
-    fine = torch.cat(
-        [
-            coarse.gather(0, index[None]),
-            lower + (upper - lower) * torch.linspace(0, 1, _FINE)[:, None].to(lower),
-        ]
-    )
-    return fine.gather(0, best(fine)[None])[0] * full
+    coarse = least + (1 - least) * torch.linspace(1, 0, _COARSE, device=block.device)[:, None] ** 1.5
+    index = errors(coarse).argmin(dim=0, keepdim=True)
+    upper, lower = coarse.gather(0, (index - 1).clamp_min(0)), coarse.gather(0, (index + 1).clamp_max(_COARSE - 1))
+    between = lower + (upper - lower) * torch.linspace(0, 1, _FINE, device=block.device)[:, None]
+    fine = torch.cat([coarse.gather(0, index), between])
+    return fine.gather(0, errors(fine).argmin(dim=0, keepdim=True))[0] * full

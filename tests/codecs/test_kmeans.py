@@ -206,6 +206,14 @@ def test_a_large_common_offset_loses_nothing(n, k):
     assert squared_error(noise, table) <= squared_error(noise, solve(noise, k)) + rounding
 
 
+def test_a_large_common_offset_moves_no_cluster(monkeypatch):
+    monkeypatch.setattr(kmeans, "EXACT_POINTS", 1 << 14)
+    step = 2.0**-9
+    levels = 1e4 + step * np.arange(16)
+    pairs = levels.reshape(8, 2).mean(axis=1)
+    assert solve(np.repeat(levels, 1 << 10), 8).tolist() == pairs.tolist()
+
+
 @pytest.mark.parametrize("n", [300, 6000])
 def test_tables_scale_with_the_values(n):
     values = torch.tensor(sample("cubed normal", n))[None]

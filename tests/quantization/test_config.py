@@ -232,6 +232,15 @@ def test_an_updated_config_takes_effect():
     assert config.settings_for("a.weight").bits == config.bits == 8
 
 
+def test_configs_are_equal_only_if_they_say_the_same():
+    assert R2QuantizationConfig(bits=2) == R2QuantizationConfig(bits=2)
+    assert R2QuantizationConfig(bits=2) != R2QuantizationConfig(bits=8)
+    either = {"a*": {"bits": 2}}, {"*": {"bits": 8}}
+    assert R2QuantizationConfig(overrides={**either[0], **either[1]}) != R2QuantizationConfig(
+        overrides={**either[1], **either[0]}
+    )
+
+
 def test_printing_shows_what_is_written():
     config = R2QuantizationConfig(method="palette", bits=2)
     assert json.loads(str(config).removeprefix("R2QuantizationConfig")) == config.to_dict()

@@ -28,6 +28,7 @@ def make_model(**options):
     for norm in batch_norms(model):
         nn.init.uniform_(norm.running_mean)
         nn.init.uniform_(norm.running_var, 1, 2)
+        norm.num_batches_tracked += 7
         nn.init.uniform_(norm.weight)
         nn.init.uniform_(norm.bias)
     return model.eval()

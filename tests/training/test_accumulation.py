@@ -145,19 +145,19 @@ def test_without_accumulation_nothing_is_probed(train, warnings_of):
 
 
 class DeclaredTrainer(Trainer):
-    """A trainer that says that its loss is a mean over the micro-batch, so plain Trainer divides it as it should."""
+    """A trainer that says that its loss is a mean over the micro-batch: plain Trainer divides it as it should."""
 
     loss_is_scaled_for_ga = False
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=None)
+
+class R2DeclaredTrainer(R2Mixin, DeclaredTrainer):
+    """The same with range regularization."""
 
 
 def test_a_trainer_that_declares_its_scaling_is_not_warned_about(train, warnings_of):
-    r2_class = type("R2DeclaredTrainer", (R2Mixin, DeclaredTrainer), {})
     data = make_data("bert", 32)
     plain = train(make_bert(), data, DeclaredTrainer, **settings(8, 4))
-    ours = train(make_bert(), data, r2_class, r2_strength=0.1, **settings(8, 4))
+    ours = train(make_bert(), data, R2DeclaredTrainer, r2_strength=0.1, **settings(8, 4))
     assert logged(ours, "task_loss") == pytest.approx(logged(plain), abs=1e-5)
     assert warnings_of() == []
 

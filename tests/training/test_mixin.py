@@ -39,20 +39,40 @@ class R2ClassWeightedTrainer(R2Mixin, ClassWeightedTrainer):
     """The same with range regularization."""
 
 
-class DeclaredTrainer(ClassWeightedTrainer):
-    """The same, and it says so."""
+class DeclaredMeanTrainer(ClassWeightedTrainer):
+    """The same, and it says so: Trainer divides by the accumulation steps."""
 
     loss_is_scaled_for_ga = False
 
 
-class R2DeclaredTrainer(R2Mixin, DeclaredTrainer):
+class R2DeclaredMeanTrainer(R2Mixin, DeclaredMeanTrainer):
+    """The same with range regularization."""
+
+
+class DeclaredShareTrainer(ClassWeightedTrainer):
+    """The same, divided by the accumulation steps already, and it says so."""
+
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            loss = loss / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+
+class R2DeclaredShareTrainer(R2Mixin, DeclaredShareTrainer):
     """The same with range regularization."""
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize(
     ("plain_class", "r2_class"),
-    [(ClassWeightedTrainer, R2ClassWeightedTrainer), (DeclaredTrainer, R2DeclaredTrainer)],
+    [
+        (ClassWeightedTrainer, R2ClassWeightedTrainer),
+        (DeclaredMeanTrainer, R2DeclaredMeanTrainer),
+        (DeclaredShareTrainer, R2DeclaredShareTrainer),
+    ],
 )
 @pytest.mark.parametrize("name", ["bert", "fixed_norm_resnet"])
 def test_mixin_regularizes_another_trainer_once_per_step(train, name, plain_class, r2_class, accumulation):
