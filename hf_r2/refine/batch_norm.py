@@ -1,5 +1,6 @@
 """Batch-norm re-estimation: running statistics for the activations of the compressed weights."""
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Mapping[str, Any]]
     describe. All batches count alike; no labels are needed and no weight changes.
 
     Args:
-        model: model with batch-norm layers; changed in place, returned to evaluation mode.
+        model: model with batch-norm layers; changed in place (but not if a batch fails), left in evaluation mode.
         batches: keyword arguments of the model, one mapping per batch of at least two examples.
 
     Raises:
@@ -35,6 +36,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Mapping[str, Any]]
         raise ValueError(f"{type(model).__name__} has no batch-norm layer; remove 'batch_norm' from refine")
     device = next(model.parameters()).device
     momenta = [layer.momentum for layer in layers]
+    former = [copy.deepcopy(layer.state_dict()) for layer in layers]
     model.eval()
     for layer in layers:
         layer.reset_running_stats()
@@ -45,11 +47,15 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Mapping[str, Any]]
         for batch in tqdm(batches, desc="Re-estimating batch norm", unit="batch"):
             model(**{key: value.to(device) for key, value in batch.items()})
             count += 1
+        if count == 0:
+            raise ValueError(
+                "batch-norm re-estimation needs calibration data; give some or remove 'batch_norm' from refine"
+            )
+    except BaseException:
+        for layer, state in zip(layers, former, strict=True):
+            layer.load_state_dict(state)
+        raise
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
         model.eval()
-    if count == 0:
-        raise ValueError(
-            "batch-norm re-estimation needs calibration data; give some or remove 'batch_norm' from refine"
-        )

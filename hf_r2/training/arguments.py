@@ -68,9 +68,13 @@ class R2TrainingArguments(TrainingArguments):
         }.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
-        for name in ("r2_strength", "r2_learning_rate", "r2_min_numel"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name}={getattr(self, name)} is not a number ≥ 0")
+        for name in ("r2_strength", "r2_learning_rate", "r2_min_numel", "r2_temperature"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value!r} is not a number ≥ 0")
         if not 0 < self.r2_tail_fraction <= 1:
             raise ValueError(f"r2_tail_fraction={self.r2_tail_fraction} is not in (0, 1]")
-        parse_grain(self.r2_grain)
+        try:
+            parse_grain(self.r2_grain)
+        except ValueError as error:
+            raise ValueError(f"r2_grain: {error}") from error

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from hf_r2.grain import parse_grain
 from hf_r2.losses import RangeLoss
 from hf_r2.report.statistics import crest_factor
+from hf_r2.training.arguments import R2TrainingArguments
 
 R2_STATE_NAME = "r2_state.safetensors"
 
@@ -32,13 +33,17 @@ class R2Mixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if not isinstance(self.args, R2TrainingArguments):
+            raise ValueError(
+                f"{type(self).__name__} needs R2TrainingArguments, got {type(self.args).__name__}: pass "
+                "args=R2TrainingArguments(output_dir), or a subclass of both"
+            )
         self._regularize(self.model)
 
-    def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Build a fresh model, as hyper-parameter search does, and regularize it."""
-        model = super().call_model_init(trial)
-        self._regularize(model)
-        return model
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Train from fresh R2 state: `model_init` and a hyper-parameter trial may have changed model and arguments."""
+        self._regularize(self.model)
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _regularize(self, model: nn.Module) -> None:
         self._probed = False
@@ -67,30 +72,33 @@ class R2Mixin:
 
     # --- how often things count -------------------------------------------------------------------------------------
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """Collect micro-batches; find out at the first ones whether the loss heeds the number of items.
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Count the items of an optimizer step; find out at the first one whether the loss heeds the count.
 
         Trainer believes that a model whose forward takes keyword arguments divides its loss by the items of the whole
         optimizer step. Many do not (ResNet, BERT classifiers …), and then Trainer multiplies the task loss by the
         accumulation steps and processes, which silently rescales the strength. So the loss is asked, once.
         """
-        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        accumulates = self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1 or self.args.n_gpu > 1
-        if items is not None and accumulates and self.compute_loss_func is None and not self._probed:
-            self._probed = True
-            if not self._heeds_item_count(samples[0]):
-                self.model_accepts_loss_kwargs = False
-                items = None
-                logger.warning(
-                    "The loss of %s ignores the number of items in the batch. Trainer would multiply it by gradient "
-                    "accumulation and processes; it is averaged over them instead.",
-                    type(self.model).__name__,
-                )
-        return samples, items
+        items = super()._get_num_items_in_batch(batch_samples, device)
+        matters = self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1 or self.args.n_gpu > 1
+        declared = self.compute_loss_func is not None or getattr(self, "loss_is_scaled_for_ga", None) is not None
+        if items is None or not matters or declared or self._probed:
+            return items
+        self._probed = True
+        if self._heeds_item_count(batch_samples[0]):
+            return items
+        self.model_accepts_loss_kwargs = False
+        if self.is_world_process_zero():
+            logger.warning(
+                "The loss of %s ignores the number of items in the batch. Trainer would multiply it by gradient "
+                "accumulation and processes; it is averaged over them instead.",
+                type(self.model).__name__,
+            )
+        return None
 
     @torch.no_grad()
     def _heeds_item_count(self, batch: dict[str, Any]) -> bool:
-        """Tell whether doubling the number of items halves the loss."""
+        """Tell whether the loss changes with the number of items; one of 0 tells nothing and is left alone."""
         training = self.model.training
         self.model.eval()
         devices = [self.args.device] if self.args.device.type == "cuda" else []
@@ -106,7 +114,7 @@ class R2Mixin:
                 )
         finally:
             self.model.train(training)
-        return torch.isclose(once, 2 * twice, rtol=1e-3).all().item()
+        return bool((once == 0).all()) or not torch.allclose(once, twice, rtol=1e-3, atol=0)
 
     def compute_loss(
         self,

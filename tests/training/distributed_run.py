@@ -10,10 +10,10 @@ from training_cases import MODELS, make_data, make_trainer, snapshot
 
 def main(output_dir, name, examples, arguments):
     data = make_data(name, examples)
-    trainer = make_trainer(MODELS[name](), data, output_dir, trainer_kwargs={"eval_dataset": data}, **arguments)
-    eval_loss_before = trainer.evaluate()["eval_loss"]
+    eval_loss_before = make_trainer(MODELS[name](), data, output_dir, **arguments).evaluate(data)["eval_loss"]
+    trainer = make_trainer(MODELS[name](), data, output_dir, **arguments)
     trainer.train()
-    eval_loss = trainer.evaluate()["eval_loss"]
+    eval_loss = trainer.evaluate(data)["eval_loss"]
     rank = trainer.args.process_index
     save_file(snapshot(trainer.model), output_dir / f"weights-{rank}.safetensors")
     save_file(snapshot(trainer.range_loss), output_dir / f"learnable-{rank}.safetensors")

@@ -51,7 +51,7 @@ def values(directory, key):
 def test_two_processes_train_as_one(train, launch, name, loss, accumulation):
     options = {"r2_loss": loss, "r2_strength": 0.1, "r2_learning_rate": 0.1, "num_train_epochs": 2}
     data = make_data(name, 32)
-    alone = train(MODELS[name](), data, trainer_kwargs={"eval_dataset": data}, per_device_train_batch_size=8, **options)
+    alone = train(MODELS[name](), data, per_device_train_batch_size=8, **options)
     directory, _ = launch(
         name,
         32,
@@ -63,7 +63,7 @@ def test_two_processes_train_as_one(train, launch, name, loss, accumulation):
     assert len(values(directory, "loss")) == len(logged(alone)) == 8
     for key in ("loss", "task_loss", "r2_loss", "crest_factor"):
         assert values(directory, key) == pytest.approx(logged(alone, key), abs=1e-5)
-    assert result(directory)["eval_loss"] == pytest.approx(alone.evaluate()["eval_loss"], abs=1e-5)
+    assert result(directory)["eval_loss"] == pytest.approx(alone.evaluate(data)["eval_loss"], abs=1e-5)
     assert_close(load_file(directory / "weights-0.safetensors"), snapshot(alone.model))
     assert_close(load_file(directory / "learnable-0.safetensors"), snapshot(alone.range_loss))
     for kind in ("weights", "learnable"):
