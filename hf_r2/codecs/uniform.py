@@ -68,8 +68,9 @@ def _min_max(block: Tensor, settings: CodecSettings) -> tuple[Tensor, Tensor]:
         scale = block.abs().amax(dim=1) / steps
         return scale, _symmetric_offset(scale, settings)
     low, high = block.amin(dim=1).clamp_max(0), block.amax(dim=1).clamp_min(0)
-    scale = (high - low) / (2 * half - 1)
-    return scale, (-low / _divisor(scale)).round()
+    steps = 2 * half - 1
+    scale = high / steps - low / steps
+    return scale, (-low / _divisor(scale)).round().clamp_max(steps)
 
 
 def _divisor(scale: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ def _least_squared_error(block: Tensor, full: Tensor, offset: Tensor, settings: 
     """Search the scale of least squared error for each group, from the min-max scale downwards.
 
     The error has many local minima, close together at many bits and far below the full range under outliers. So one
-    pass looks everywhere between the full range and half the rms (no grid of these is best below that), in steps that
+    pass looks everywhere between the full range and half the rms (hardly ever is a grid best below that), in steps that
     shrink towards small ranges, and a second one at equal steps between the neighbours of its best candidate.
     """
     rms = block.square().mean(dim=1).sqrt()

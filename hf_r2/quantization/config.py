@@ -82,6 +82,10 @@ class R2QuantizationConfig(QuantizationConfigMixin):
         self.sha256 = sha256
         if isinstance(min_numel, bool) or not isinstance(min_numel, int) or min_numel < 0:
             raise ValueError(f"min_numel={min_numel!r} is not a whole number ≥ 0")
+        if self.include == []:
+            raise ValueError(
+                "include is empty and would compress nothing; leave it out to compress every Linear and Conv"
+            )
         for step in self.refine or ():
             if step not in REFINEMENTS:
                 raise ValueError(f"unknown refinement {step!r}: use one of {', '.join(REFINEMENTS)}")
@@ -128,12 +132,13 @@ def _override(settings: CodecSettings, options: Mapping[str, Any]) -> CodecSetti
 
 
 def _pairs(overrides: Any) -> list[list[Any]]:
-    pairs = list(overrides.items() if isinstance(overrides, Mapping) else overrides or ())
-    for pair in pairs:
-        if isinstance(pair, str) or len(pair) != 2 or not isinstance(pair[1], Mapping):
-            raise ValueError(
-                f"overrides maps patterns to settings, as in {{'classifier.*': {{'bits': 8}}}}; got {pair!r}"
-            )
+    pairs = list(overrides.items()) if isinstance(overrides, Mapping) else overrides or []
+    sound = isinstance(pairs, list | tuple) and all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Mapping)
+        for pair in pairs
+    )
+    if not sound:
+        raise ValueError(f"overrides maps patterns to settings ({{'classifier.*': {{'bits': 8}}}}), got {overrides!r}")
     return [[pattern, dict(options)] for pattern, options in pairs]
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from training_cases import MODELS, make_data, make_trainer, snapshot
 
@@ -31,3 +32,6 @@ if __name__ == "__main__":
     directory = Path(sys.argv[1])
     directory.mkdir(parents=True, exist_ok=True)
     main(directory, **settings)
+    # A process that ends with the group alive aborts now and then
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
