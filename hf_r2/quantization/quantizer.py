@@ -24,6 +24,8 @@ from hf_r2.report.manifest import Manifest
 from hf_r2.report.statistics import WeightStatistics, weight_statistics
 from hf_r2.selection import output_first, select_weights
 
+_KEPT_AFTER = ("min", "max", "rms", "crest_factor", "kurtosis")
+
 
 class R2Quantizer(OptimumQuantizer):
     """Compresses a float checkpoint of any transformers model.
@@ -102,7 +104,9 @@ class R2Quantizer(OptimumQuantizer):
                 "quantize",
                 base_model=manifest.last("train").get("hub_model_id") or _base_model(self.source),
                 quantization_config=quantization_config.to_dict(),
-                weights=_weight_facts(model.hf_quantizer.encoded, originals, before),
+                weights=_weight_facts(
+                    model.hf_quantizer.encoded, originals, before, weight_statistics(model, *patterns)
+                ),
                 bytes={"float": float_bytes, "compressed": _file_bytes(scratch)},
                 seconds=time.perf_counter() - start,
             )
@@ -150,11 +154,14 @@ def _batches(model: PreTrainedModel, dataset: Any, batch_size: int) -> Iterable[
 
 
 def _weight_facts(
-    encoded: Mapping[str, Encoded], originals: Mapping[str, Tensor], before: Sequence[WeightStatistics]
+    encoded: Mapping[str, Encoded],
+    originals: Mapping[str, Tensor],
+    before: Sequence[WeightStatistics],
+    after: Sequence[WeightStatistics],
 ) -> list[dict[str, Any]]:
-    """Per weight: statistics of the float weight, and what compression made of it."""
+    """Per weight: statistics of the float weight, how it was compressed, and statistics of the compressed one."""
     facts = []
-    for statistics in before:
+    for statistics, left in zip(before, after, strict=True):
         compressed, original = encoded[statistics.name], originals[statistics.name]
         decoded = decode(compressed)
         facts.append(
@@ -164,6 +171,7 @@ def _weight_facts(
                 "bits_per_weight": compressed.bits_per_weight,
                 "mse": mse(original, decoded),
                 "compressed_sqnr": sqnr(original, decoded),
+                "compressed": {key: getattr(left, key) for key in _KEPT_AFTER},
             }
         )
     return facts
