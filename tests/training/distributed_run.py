@@ -9,11 +9,11 @@ from safetensors.torch import save_file
 from training_cases import MODELS, make_data, make_trainer, snapshot
 
 
-def main(output_dir, name, examples, arguments):
+def main(output_dir, name, examples, train, arguments):
     data = make_data(name, examples)
-    eval_loss_before = make_trainer(MODELS[name](), data, output_dir, **arguments).evaluate(data)["eval_loss"]
     trainer = make_trainer(MODELS[name](), data, output_dir, **arguments)
-    trainer.train()
+    if train:
+        trainer.train()
     eval_loss = trainer.evaluate(data)["eval_loss"]
     rank = trainer.args.process_index
     save_file(snapshot(trainer.model), output_dir / f"weights-{rank}.safetensors")
@@ -21,7 +21,6 @@ def main(output_dir, name, examples, arguments):
     result = {
         "processes": trainer.args.world_size,
         "logs": trainer.state.log_history,
-        "eval_loss_before": eval_loss_before,
         "eval_loss": eval_loss,
     }
     (output_dir / f"result-{rank}.json").write_text(json.dumps(result))

@@ -16,11 +16,11 @@ WARNING = "number of items"
 
 @pytest.fixture
 def launch(new_dir):
-    """Runs a training in two processes; returns its directory and what the processes wrote to standard error."""
+    """Runs a training, or an evaluation alone, in two processes; returns its directory and what the processes wrote to standard error."""
 
-    def run(name, examples, **arguments):
+    def run(name, examples, train=True, **arguments):
         output_dir = new_dir()
-        settings = json.dumps({"name": name, "examples": examples, "arguments": arguments})
+        settings = json.dumps({"name": name, "examples": examples, "train": train, "arguments": arguments})
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT, output_dir, settings]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
@@ -74,8 +74,8 @@ def test_two_processes_train_as_one(train, launch, name, loss, accumulation):
 def test_two_processes_evaluate_an_untrained_model_as_one(make_trainer, launch, name):
     data = make_data(name, 16)
     alone = make_trainer(MODELS[name](), data, r2_strength=0.1).evaluate(data)
-    directory, _ = launch(name, 16, r2_strength=0.1, per_device_train_batch_size=4)
-    assert result(directory)["eval_loss_before"] == pytest.approx(alone["eval_loss"], abs=1e-5)
+    directory, _ = launch(name, 16, train=False, r2_strength=0.1, per_device_train_batch_size=4)
+    assert result(directory)["eval_loss"] == pytest.approx(alone["eval_loss"], abs=1e-5)
 
 
 def test_two_processes_warn_once(launch):
