@@ -16,7 +16,6 @@ def atomic_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         ValueError: if the path is a file.
-
     """
     target = Path(directory).absolute()
     if target.exists() and not target.is_dir():

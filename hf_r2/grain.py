@@ -21,7 +21,6 @@ def parse_grain(grain: Grain) -> Grain:
 
     Raises:
         ValueError: for anything else.
-
     """
     if isinstance(grain, str) and grain.isdecimal():
         grain = int(grain)
@@ -44,7 +43,6 @@ def blocks(weight: Tensor, grain: Grain) -> list[Tensor]:
 
     Raises:
         ValueError: for an unknown grain, an empty weight, and channels or groups of fewer than two dimensions.
-
     """
     grain = parse_grain(grain)
     if weight.numel() == 0:

@@ -33,7 +33,6 @@ def select_weights(
 
     Raises:
         ValueError: if a pattern matches no weight, or if nothing is selected.
-
     """
     sharers = _sharers(model)
     candidates = [name for owners in sharers for name, _ in owners]

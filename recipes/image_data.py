@@ -25,7 +25,6 @@ def load_images(name: str, image_column: str, label_column: str, evaluate_on: st
 
     Raises:
         ValueError: for a missing split or column, or labels that are not classes.
-
     """
     if name == "digits":
         splits = _digits(image_column, label_column)

@@ -22,7 +22,6 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str] | None = N
 
     Raises:
         SystemExit: with a message for a missing file, an unknown key (and its nearest known one) or a bad value.
-
     """
     parser = HfArgumentParser(dataclass_types, usage="%(prog)s RECIPE.yaml [--key value …] [--section.key value …]")
     arguments = list(sys.argv[1:] if argv is None else argv)

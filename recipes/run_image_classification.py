@@ -200,7 +200,6 @@ def compress_and_evaluate(
 
     Returns:
         Result rows (float, compressed, compressed with batch norm re-estimated), and the float and compressed weights.
-
     """
     directory = Path(arguments.output_dir)
     quantizer = R2Quantizer.from_pretrained(directory / "float")

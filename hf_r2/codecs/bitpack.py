@@ -24,7 +24,6 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Returns:
         uint8 of shape `(packed_size(codes.numel(), bits),)`.
-
     """
     codes = codes.reshape(-1)
     packed = torch.empty(packed_size(codes.numel(), bits), dtype=torch.uint8, device=codes.device)
@@ -54,7 +53,6 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
     Raises:
         ValueError: if the stream has another dtype or length.
-
     """
     expected = packed_size(count, bits)
     if packed.dtype != torch.uint8 or packed.shape != (expected,):

@@ -32,7 +32,6 @@ class Encoded:
         shape: shape of the weight, output channels first.
         dtype: dtype of the weight.
         settings: the codec's settings.
-
     """
 
     codes: Tensor
@@ -79,7 +78,6 @@ def encode(weight: Tensor, config: SettingsByName, name: str | None = None) -> E
 
     Raises:
         ValueError: for a weight with NaN or infinite values or without elements.
-
     """
     weight = weight.detach()
     label = f"weight {name!r}" if name else "the weight"
@@ -98,7 +96,6 @@ def decode(encoded: Encoded) -> Tensor:
 
     Raises:
         ValueError: if the packed codes do not fit the shape.
-
     """
     codes = unpack(encoded.codes, encoded.bits, encoded.shape.numel()).reshape(encoded.shape)
     return CODECS[encoded.settings.method].dequantize(codes, encoded.codebook, encoded.settings).to(encoded.dtype)

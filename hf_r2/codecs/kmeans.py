@@ -26,7 +26,6 @@ def kmeans_1d(values: Tensor, k: int) -> Tensor:
 
     Returns:
         Sorted cluster means, float32, `(rows, k)`, on the device of the values.
-
     """
     rows = max(1, _CHUNK_POINTS // min(values.shape[1], EXACT_POINTS))
     tables = [_solve(chunk.double().cpu().numpy(), k) for chunk in values.detach().split(rows)]
@@ -93,7 +92,6 @@ def _optimal_cuts(count: np.ndarray, first: np.ndarray, second: np.ndarray, k: i
 
     Returns:
         Indices of points, `(rows, k + 1)`: cluster m holds the points from cut m up to cut m + 1.
-
     """
     rows, points = count.shape[0], count.shape[1] - 1
     row = np.arange(rows)[:, None]

@@ -24,7 +24,6 @@ class CodecSettings:
 
     Raises:
         ValueError: for a value outside these, and for an option that the method does not have.
-
     """
 
     method: str = "uniform"

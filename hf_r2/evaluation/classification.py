@@ -28,7 +28,6 @@ def evaluate_classifier(
 
     Raises:
         ValueError: if there are no batches.
-
     """
     model.eval()
     metric = Accuracy()

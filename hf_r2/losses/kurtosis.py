@@ -22,7 +22,6 @@ def kurtosis(weight: Tensor, target: float = UNIFORM_KURTOSIS, grain: Grain = "t
 
     Returns:
         Dimensionless scalar.
-
     """
     terms = []
     for block in blocks(weight, grain):

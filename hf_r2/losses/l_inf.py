@@ -18,6 +18,5 @@ def l_inf(weight: Tensor, grain: Grain = "tensor") -> Tensor:
 
     Returns:
         Scalar in units of the weight.
-
     """
     return torch.stack([block.abs().amax(dim=1).sum() for block in blocks(weight, grain)]).sum()

@@ -25,7 +25,6 @@ def margin(weight: Tensor, margin: Tensor, grain: Grain = "tensor", reduction: s
 
     Raises:
         ValueError: for another reduction.
-
     """
     if reduction not in ("max", "sum"):
         raise ValueError(f"unknown margin reduction {reduction!r}: use 'max' or 'sum'")

@@ -41,7 +41,6 @@ class RangeLoss(nn.Module):
 
     Raises:
         ValueError: for an unknown kind, grain or pattern, and for an empty selection.
-
     """
 
     def __init__(

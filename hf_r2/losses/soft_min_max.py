@@ -23,7 +23,6 @@ def soft_min_max(weight: Tensor, temperature: Tensor | float, grain: Grain = "te
 
     Returns:
         Scalar in units of the weight.
-
     """
     parts = blocks(weight, grain)
     groups = sum(len(part) for part in parts)

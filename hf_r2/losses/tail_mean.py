@@ -25,7 +25,6 @@ def tail_mean(weight: Tensor, fraction: float = 0.01, grain: Grain = "tensor") -
 
     Raises:
         ValueError: for a fraction outside (0, 1].
-
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"tail fraction {fraction} is not in (0, 1]; 0.01 takes the largest 1 % of the weights")

@@ -40,7 +40,6 @@ class R2QuantizationConfig(QuantizationConfigMixin):
 
     Raises:
         ValueError: for unknown keys (with the nearest known one) and values, and for a newer format.
-
     """
 
     def __init__(

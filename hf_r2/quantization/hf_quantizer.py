@@ -36,7 +36,6 @@ class R2HfQuantizer(HfQuantizer):
 
         Raises:
             ValueError: for a pattern without a match, an empty selection, and a weight that is not a plain parameter.
-
         """
         config = self.quantization_config
         selected = select_weights(model, config.include, config.skip, config.min_numel)
@@ -121,7 +120,6 @@ class R2HfQuantizer(HfQuantizer):
 
         Raises:
             ValueError: if a weight is no longer what its codes say.
-
         """
         selection = self.selection(model)
         for name in selection.keys() ^ self.encoded.keys():
@@ -172,7 +170,6 @@ def compress(model: PreTrainedModel, config: R2QuantizationConfig) -> PreTrained
 
     Raises:
         ValueError: if it is already compressed, or as `encode` and `select_weights` do.
-
     """
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("the model is already quantized; load the float checkpoint again, or call model.dequantize()")

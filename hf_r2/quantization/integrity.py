@@ -45,7 +45,6 @@ def content_digests(
 
     Returns:
         Hexadecimal SHA-256 digests `settings`, `layout`, `codes` and `rest`, and the dtypes of `rest` as `rest_dtypes`.
-
     """
     tensors = (*codes.values(), *rest.values())
     return {
@@ -62,7 +61,6 @@ def verify_layout(files: Iterable[str], recorded: Mapping[str, Any] | None) -> N
 
     Raises:
         ValueError: for a truncated or malformed file, other tensors than were saved, or missing digests.
-
     """
     if not isinstance(recorded, Mapping) or not set(_RECORDED) <= set(recorded):
         raise ValueError(f"quantization_config has no complete sha256: {_DAMAGED}")
@@ -87,7 +85,6 @@ def verify_settings(encoded: Mapping[str, Encoded], recorded: Mapping[str, Any])
 
     Raises:
         ValueError: if a weight, its shape or a setting differs.
-
     """
     if _settings_digest(encoded) != recorded["settings"]:
         raise ValueError(f"config.json and the weights do not belong together: {_DAMAGED}")
@@ -100,7 +97,6 @@ def verify_content(codes: Mapping[str, Tensor], rest: Mapping[str, Tensor], reco
 
     Raises:
         ValueError: if a bit differs.
-
     """
     if _content_digest(codes) != recorded["codes"]:
         raise ValueError(f"the compressed weights do not match their SHA-256: {_DAMAGED}")

@@ -34,13 +34,10 @@ class R2Quantizer(OptimumQuantizer):
 
     Args:
         source: directory or Hub name of a float checkpoint; every call of [`quantize`] reads it anew.
-        revision: branch, tag or commit of a Hub name.
-
     """
 
-    def __init__(self, source: str | os.PathLike[str], revision: str = "main") -> None:
+    def __init__(self, source: str | os.PathLike[str]) -> None:
         self.source = str(source)
-        self.revision = revision
 
     @classmethod
     def from_pretrained(cls, model_or_path: str | os.PathLike[str]) -> "R2Quantizer":
@@ -48,7 +45,6 @@ class R2Quantizer(OptimumQuantizer):
 
         Raises:
             ValueError: if it is already quantized, or does not say which model class it holds.
-
         """
         quantizer = cls(model_or_path)
         _model_class(quantizer.source)
@@ -77,7 +73,6 @@ class R2Quantizer(OptimumQuantizer):
 
         Raises:
             ValueError: for a refinement without calibration data, and as [`compress`] and [`select_weights`] do.
-
         """
         start = time.perf_counter()
         if quantization_config.refine and calibration_dataset is None:
@@ -119,7 +114,6 @@ def load_float_model(source: str) -> PreTrainedModel:
 
     Raises:
         ValueError: if it is already quantized, lacks weights, or does not say which model class it holds.
-
     """
     model, info = _model_class(source).from_pretrained(source, output_loading_info=True)
     if info["missing_keys"]:

@@ -29,7 +29,6 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Mapping[str, Any]]
 
     Raises:
         ValueError: if the model has no such layer, or if there are no batches.
-
     """
     layers = batch_norms(model)
     if not layers:

@@ -31,7 +31,6 @@ def render_card(directory: str | os.PathLike[str]) -> ModelCard:
 
     Raises:
         ValueError: if the directory has no manifest with a quantize stage.
-
     """
     directory = Path(directory)
     manifest = Manifest.load(directory)

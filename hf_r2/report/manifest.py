@@ -28,7 +28,6 @@ class Manifest:
 
     Args:
         stages: stages so far.
-
     """
 
     def __init__(self, stages: list[dict[str, Any]] | None = None) -> None:
@@ -40,7 +39,6 @@ class Manifest:
 
         Raises:
             ValueError: if the file is not a manifest that this version reads.
-
         """
         path = Path(directory) / MANIFEST_NAME
         if not path.is_file():

@@ -28,7 +28,6 @@ def weight_histograms(
 
     Returns:
         The path.
-
     """
     scaled = {title: [_in_rms(*pair) for pair in zip(*weights, strict=True)] for title, weights in panels.items()}
     reach = max(float(values.abs().max()) for pairs in scaled.values() for pair in pairs for values in pair) * 1.02

@@ -26,7 +26,6 @@ class WeightStatistics:
         crest_factor: max|W| / rms(W); 1 for a weight of two values ±c, √3 for a uniform distribution.
         kurtosis: fourth moment over the squared second, around the mean; 1.8 uniform, 3 normal.
         sqnr: signal-to-quantization-noise ratio in dB of per-tensor symmetric min-max quantization, by bits.
-
     """
 
     name: str
@@ -51,7 +50,6 @@ def weight_statistics(
 
     Raises:
         ValueError: for an empty selection and for weights with NaN or infinite values.
-
     """
     selection = select_weights(model, include, exclude, min_numel)
     return [_statistics(name, module, getattr(module, attribute)) for name, (module, attribute) in selection.items()]

@@ -35,7 +35,6 @@ def result_table(runs: Sequence[Sequence[Row]]) -> str:
 
     Raises:
         ValueError: if the runs do not have the same rows.
-
     """
     labels = [[(row["recipe"], row["weights"], row["batch_norm"]) for row in rows] for rows in runs]
     if any(names != labels[0] for names in labels):

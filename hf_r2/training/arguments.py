@@ -20,7 +20,6 @@ class R2TrainingArguments(TrainingArguments):
 
     Raises:
         ValueError: for a value outside its choices or range.
-
     """
 
     r2_mode: str = field(

@@ -96,6 +96,14 @@ def test_the_correction_warns_once(train, warnings_of, name):
     assert type(trainer.model).__name__ in warnings_of()[0].getMessage()
 
 
+def test_an_evaluation_before_training_does_not_warn_again(make_trainer, warnings_of):
+    data = make_data("bert", 32)
+    trainer = make_trainer(make_bert(), data, r2_strength=0.1, **settings(4, 4))
+    trainer.evaluate(data)
+    trainer.train()
+    assert len(warnings_of()) == 1
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_causal_language_models_are_left_alone(train, warnings_of, name):
     data = make_data(name, 32)
@@ -142,6 +150,15 @@ def test_without_accumulation_nothing_is_probed(train, warnings_of):
     trainer = train(make_bert(), make_data("bert", 16), r2_strength=0.1)
     assert trainer.model_accepts_loss_kwargs
     assert warnings_of() == []
+
+
+@pytest.mark.parametrize("labels", ["none", "first"])
+def test_a_loss_of_zero_tells_nothing(make_trainer, labels):
+    """A micro-batch without targets has the loss 0 whatever it is divided by: that is no reason to correct."""
+    trainer = make_trainer(MODELS["llama"](), make_data("llama", 8), r2_strength=0.1, **settings(4, 2))
+    batch = trainer.data_collator(make_data("llama", 4))
+    batch["labels"][:, (0 if labels == "none" else 1) :] = -100
+    assert trainer._heeds_item_count(batch)
 
 
 class DeclaredTrainer(Trainer):

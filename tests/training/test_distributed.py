@@ -16,7 +16,7 @@ WARNING = "number of items"
 
 @pytest.fixture
 def launch(new_dir):
-    """Runs a training, or an evaluation alone, in two processes; returns its directory and what the processes wrote to standard error."""
+    """Runs a training, or an evaluation alone, in two processes; returns its directory and their standard error."""
 
     def run(name, examples, train=True, **arguments):
         output_dir = new_dir()

@@ -10,6 +10,7 @@ from training_cases import (
     regularized_weights,
     snapshot,
 )
+from transformers import TrainerCallback
 
 LEARNABLE = ["margin", "soft_min_max"]
 
@@ -82,3 +83,20 @@ def test_learnable_values_stay_out_of_the_model_and_its_file(train, tmp_path, lo
 def test_gradients_of_learnable_values_do_not_pile_up(train):
     trainer = train(make_bert(), make_data("bert", 32), r2_loss="margin", r2_strength=0.5)
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in trainer.range_loss.parameters())
+
+
+def test_every_training_starts_from_the_range_as_it_is(make_trainer):
+    trainer = make_trainer(make_bert(), make_data("bert", 16), r2_loss="margin", r2_strength=0.5, r2_learning_rate=0.1)
+    starts = []
+
+    class Note(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            ranges = [weight.abs().max().item() for weight in regularized_weights(model).values()]
+            starts.append(([level.item() for level in trainer.range_loss.learnable.values()], ranges))
+
+    trainer.add_callback(Note())
+    trainer.train()
+    trainer.train()
+    assert len(starts) == 2
+    assert all(levels == ranges for levels, ranges in starts)
+    assert starts[0] != starts[1]
