@@ -7,6 +7,7 @@ and makes compressed checkpoints.
 from hf_r2 import losses
 from hf_r2.codecs import decode, encode
 from hf_r2.losses import RangeLoss
+from hf_r2.projection import RangeProjection
 from hf_r2.quantization import R2QuantizationConfig, R2Quantizer
 from hf_r2.report.statistics import weight_statistics
 from hf_r2.selection import select_weights
@@ -21,6 +22,7 @@ __all__ = [
     "R2Trainer",
     "R2TrainingArguments",
     "RangeLoss",
+    "RangeProjection",
     "decode",
     "encode",
     "losses",

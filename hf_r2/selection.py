@@ -34,6 +34,9 @@ def select_weights(
     Raises:
         ValueError: if a pattern matches no weight, or if nothing is selected.
     """
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise ValueError(f"{option} is a list of patterns; write [{patterns!r}]")
     sharers = _sharers(model)
     candidates = [name for owners in sharers for name, _ in owners]
     for pattern in (*(include or ()), *(exclude or ())):

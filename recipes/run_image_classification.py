@@ -111,6 +111,7 @@ def main() -> None:
         if trainer.is_world_process_zero():
             arm_rows, models[arm] = compress_and_evaluate(arm, recipe, arguments, data)
             rows += arm_rows
+    trainer.accelerator.end_training()
     if not trainer.is_world_process_zero():
         return
 

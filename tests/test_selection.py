@@ -151,6 +151,12 @@ def test_a_tied_weight_is_excluded_by_either_name(name):
     assert list(select_weights(TiedLayers(), exclude=[name])) == ["middle.weight"]
 
 
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_string_is_not_read_as_a_list_of_letters(option):
+    with pytest.raises(ValueError, match=rf"{option} is a list of patterns; write \['weight\*'\]"):
+        select_weights(nn.Linear(2, 2), **{option: "weight*"})
+
+
 @pytest.mark.parametrize("name", ["0.weight", "2.weight"])
 def test_a_module_under_two_names_is_excluded_by_either_name(name):
     shared = nn.Linear(3, 3)

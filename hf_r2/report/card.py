@@ -24,6 +24,14 @@ LOSS_SENTENCES = {
 }
 
 
+RESTRICTION_SENTENCES = {
+    "loss": "adds {loss} to the task loss (`{r2_loss}`, strength {r2_strength}, grain {r2_grain})",
+    "prox": "takes a proximal step of each group's largest magnitude after every optimizer step (strength {r2_strength}, "
+    "grain {r2_grain})",
+    "clip": "clips each group at {r2_clip} times its rms after every optimizer step (grain {r2_grain})",
+}
+
+
 def render_card(directory: str | os.PathLike[str]) -> ModelCard:
     """Render the card of a compressed checkpoint from its manifest and write it as README.md.
 
@@ -56,8 +64,7 @@ def card_facts(manifest: Manifest) -> dict[str, Any]:
         "base_model": quantize["base_model"],
         "config": config,
         "method_sentence": METHOD_SENTENCES[config["method"]],
-        "r2": train.get("r2"),
-        "loss_sentence": LOSS_SENTENCES.get((train.get("r2") or {}).get("r2_loss", "")),
+        "r2_sentence": _r2_sentence(train.get("r2")),
         "model_class": evaluate.get("model_class"),
         "pipeline_tag": evaluate.get("pipeline_tag"),
         "data": evaluate.get("data"),
@@ -99,10 +106,22 @@ def _metadata(facts: dict[str, Any]) -> ModelCardData:
         pipeline_tag=facts["pipeline_tag"],
         datasets=[facts["data"]["hub_name"]] if (facts["data"] or {}).get("hub_name") else None,
         metrics=["accuracy"] if results else None,
-        tags=["hf_r2", *(["range-regularization"] if facts["r2"] else []), config["method"], f"{config['bits']}-bit"],
+        tags=[
+            "hf_r2",
+            *(["range-regularization"] if facts["r2_sentence"] else []),
+            config["method"],
+            f"{config['bits']}-bit",
+        ],
         model_name=facts["name"] if results else None,
         eval_results=results,
     )
+
+
+def _r2_sentence(r2: dict[str, Any] | None) -> str | None:
+    """Say how the float model's range was restricted; nothing if it was not."""
+    if not r2:
+        return None
+    return RESTRICTION_SENTENCES[r2["r2_mode"]].format(loss=LOSS_SENTENCES[r2["r2_loss"]], **r2)
 
 
 def _weight_table(weights: list[dict[str, Any]]) -> str:

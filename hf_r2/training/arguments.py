@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 from hf_r2.grain import parse_grain
 from hf_r2.losses import RANGE_LOSSES
 
-R2_MODES = ("loss", "none")
+R2_MODES = ("loss", "prox", "clip", "none")
 
 
 @dataclass
@@ -24,7 +24,10 @@ class R2TrainingArguments(TrainingArguments):
 
     r2_mode: str = field(
         default="loss",
-        metadata={"help": "How the range is restricted: 'loss' adds strength × range loss to the task loss; 'none'."},
+        metadata={
+            "help": "How the range is restricted: 'loss', the paper's form, adds strength × range loss to the loss; "
+            "'prox' and 'clip' pull the weights back after each optimizer step and suit any optimizer; 'none'."
+        },
     )
     r2_loss: str = field(default="l_inf", metadata={"help": f"Range loss: one of {', '.join(RANGE_LOSSES)}."})
     r2_strength: float = field(
@@ -34,6 +37,15 @@ class R2TrainingArguments(TrainingArguments):
             "steps), so runs of some hundred steps need about 0.1. 0 is plain Trainer, bit for bit."
         },
     )
+    r2_clip: float = field(
+        default=1.5,
+        metadata={"help": "Largest |W| in units of the group's rms, for 'clip'; infinity restricts nothing."},
+    )
+    r2_warmup_ratio: float = field(
+        default=0.0, metadata={"help": "Share of the steps over which the strength rises linearly from 0."}
+    )
+    r2_start_ratio: float = field(default=0.0, metadata={"help": "Share of the steps after which restriction begins."})
+    r2_end_ratio: float = field(default=1.0, metadata={"help": "Share of the steps after which it ends."})
     r2_grain: str = field(
         default="tensor",
         metadata={
@@ -67,13 +79,31 @@ class R2TrainingArguments(TrainingArguments):
         }.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
-        for name in ("r2_strength", "r2_learning_rate", "r2_min_numel", "r2_temperature"):
+        numbers = ("r2_strength", "r2_learning_rate", "r2_min_numel", "r2_temperature", "r2_clip", "r2_tail_fraction")
+        for name in (*numbers, "r2_warmup_ratio", "r2_start_ratio", "r2_end_ratio"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
+            unlimited = name == "r2_clip" and value == math.inf
+            if not isinstance(value, int | float) or not (math.isfinite(value) or unlimited) or value < 0:
                 raise ValueError(f"{name}={value!r} is not a number ≥ 0")
+        if not self.r2_clip > 1:
+            raise ValueError(f"r2_clip={self.r2_clip} is not above 1, the rms itself")
+        if not 0 <= self.r2_start_ratio < self.r2_end_ratio <= 1:
+            raise ValueError(
+                f"r2_start_ratio={self.r2_start_ratio} and r2_end_ratio={self.r2_end_ratio} are not 0 ≤ start < end ≤ 1"
+            )
+        if not 0 <= self.r2_warmup_ratio <= 1:
+            raise ValueError(f"r2_warmup_ratio={self.r2_warmup_ratio} is not in [0, 1]")
         if not 0 < self.r2_tail_fraction <= 1:
             raise ValueError(f"r2_tail_fraction={self.r2_tail_fraction} is not in (0, 1]")
         try:
             parse_grain(self.r2_grain)
         except ValueError as error:
             raise ValueError(f"r2_grain: {error}") from error
+
+    def r2_share(self, progress: float) -> float:
+        """Return the share of the strength, 0–1, at this progress of the training, 0–1."""
+        if not self.r2_start_ratio <= progress < self.r2_end_ratio:
+            return 0.0
+        if self.r2_warmup_ratio == 0:
+            return 1.0
+        return min(1.0, (progress - self.r2_start_ratio) / self.r2_warmup_ratio)

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hf_r2.grain import parse_grain
 from hf_r2.losses import RangeLoss
+from hf_r2.projection import RangeProjection
 from hf_r2.report.statistics import crest_factor
 from hf_r2.training.arguments import R2TrainingArguments
 
@@ -19,17 +21,31 @@ R2_STATE_NAME = "r2_state.safetensors"
 logger = logging.get_logger(__name__)
 
 
-class R2Mixin:
-    """Adds `strength × range loss` to the loss of a Trainer: `class R2SFTTrainer(R2Mixin, SFTTrainer)`.
+class _ProjectAfterStep(TrainerCallback):
+    """Calls the trainer's projection between the optimizer step and the next forward."""
 
-    The term enters exactly once per optimizer step, whatever the gradient accumulation, the number of processes and
-    the way the model averages its loss. Evaluation losses stay the task's. Learnable margins and temperatures have an
-    optimizer of their own, the only arrangement that runs alone, under DDP and under FSDP2.
+    def __init__(self, trainer: "R2Mixin") -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.project()
+
+
+class R2Mixin:
+    """Restricts the range of weights in any Trainer: `class R2SFTTrainer(R2Mixin, SFTTrainer)`.
+
+    `r2_mode="loss"` adds `strength × range loss` to the loss; `"prox"` and `"clip"` pull the weights back after each
+    optimizer step (see [`RangeProjection`]), `"prox"` by `learning rate × strength`.
+
+    The loss term enters exactly once per optimizer step, whatever the gradient accumulation, the number of processes
+    and the way the model averages its loss. Evaluation losses stay the task's. Learnable margins and temperatures have
+    an optimizer of their own, the only arrangement that runs alone, under DDP and under FSDP2.
 
     The trainer's arguments must have the `r2_*` fields of [`R2TrainingArguments`].
     """
 
     range_loss: RangeLoss | None = None
+    range_projection: RangeProjection | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,6 +55,7 @@ class R2Mixin:
                 "args=R2TrainingArguments(output_dir), or a subclass of both"
             )
         self._regularize(self.model)
+        self.add_callback(_ProjectAfterStep(self))
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Train from fresh R2 state: `model_init` and a hyper-parameter trial may have changed model and arguments."""
@@ -49,16 +66,22 @@ class R2Mixin:
         self._probed = False
         self._r2_total: Tensor | float = 0.0
         self._r2_steps = 0
-        self.range_loss = self.range_optimizer = None
+        self.range_loss = self.range_optimizer = self.range_projection = None
         if self.args.r2_mode == "none" or self.args.r2_strength == 0:
+            return
+        selection = {
+            "grain": parse_grain(self.args.r2_grain),
+            "include": self.args.r2_include,
+            "exclude": self.args.r2_exclude,
+            "min_numel": self.args.r2_min_numel,
+        }
+        if self.args.r2_mode != "loss":
+            self.range_projection = RangeProjection(model, self.args.r2_mode, clip=self.args.r2_clip, **selection)
             return
         self.range_loss = RangeLoss(
             model,
             kind=self.args.r2_loss,
-            grain=parse_grain(self.args.r2_grain),
-            include=self.args.r2_include,
-            exclude=self.args.r2_exclude,
-            min_numel=self.args.r2_min_numel,
+            **selection,
             margin_reduction=self.args.r2_margin_reduction,
             temperature=self.args.r2_temperature,
             tail_fraction=self.args.r2_tail_fraction,
@@ -130,12 +153,24 @@ class R2Mixin:
         if self.range_loss is None or not model.training:
             return result
         loss, outputs = result if return_outputs else (result, None)
-        term = self.args.r2_strength * self.range_loss()
+        term = self.args.r2_strength * self._r2_share() * self.range_loss()
         share = term / getattr(self, "current_gradient_accumulation_steps", 1)
         self._r2_total = self._r2_total + share.detach()
         # A loss that is a mean over the micro-batch is divided by the accumulation steps later, and the term with it
         loss = loss + (share if self._loss_is_scaled(num_items_in_batch) else term)
         return (loss, outputs) if return_outputs else loss
+
+    def _r2_share(self) -> float:
+        return self.args.r2_share(self.state.global_step / max(self.state.max_steps, 1))
+
+    def project(self) -> None:
+        """Pull the weights back after an optimizer step; a step that mixed precision skipped is none."""
+        if self.range_projection is None or self.accelerator.optimizer_step_was_skipped:
+            return
+        share = self._r2_share()
+        if self.args.r2_mode == "prox":
+            share *= self.args.r2_strength * self.optimizer.param_groups[0]["lr"]
+        self.range_projection.step(share)
 
     def _loss_is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Tell, as `Trainer.training_step` does, whether the loss is already averaged over the accumulation steps."""
@@ -165,9 +200,12 @@ class R2Mixin:
         if self.range_loss is not None and "loss" in logs and self._r2_steps:
             logs["r2_loss"] = float(self._r2_total) / self._r2_steps
             logs["task_loss"] = logs["loss"] - logs["r2_loss"]
-            crests = [crest_factor(weight) for _, weight in self.range_loss.weights()]
-            logs["crest_factor"] = float(torch.stack([crest.to(crests[0].device) for crest in crests]).mean())
             self._r2_total, self._r2_steps = 0.0, 0
+        restriction = self.range_loss or self.range_projection
+        if restriction is not None and "loss" in logs:
+            weights = [getattr(module, attribute) for module, attribute in restriction.selection.values()]
+            crests = [crest_factor(weight) for weight in weights]
+            logs["crest_factor"] = float(torch.stack([crest.to(crests[0].device) for crest in crests]).mean())
         super().log(logs, start_time)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -38,7 +38,7 @@ class R2Trainer(R2Mixin, Trainer):
         r2 = {name: value for name, value in self.args.to_dict().items() if name.startswith("r2_")}
         return {
             "hub_model_id": self.args.hub_model_id,
-            "r2": r2 if self.range_loss is not None else None,
+            "r2": r2 if self.range_loss or self.range_projection else None,
             "seed": self.args.seed,
             "steps": self.state.global_step,
             "seconds": self._seconds,

@@ -65,12 +65,16 @@ def test_card_says_that_a_checkpoint_collapsed(checkpoint):
 def test_card_describes_range_regularization_when_the_float_model_had_it(checkpoint):
     assert "range regularization" not in render_card(checkpoint).text
     manifest = Manifest.load(checkpoint)
-    r2 = {"r2_loss": "l_inf", "r2_strength": 0.1, "r2_grain": "tensor"}
+    r2 = {"r2_mode": "loss", "r2_loss": "l_inf", "r2_strength": 0.1, "r2_grain": "tensor", "r2_clip": 1.5}
     manifest.add("train", r2=r2, seed=0)
     manifest.save(checkpoint)
     card = render_card(checkpoint)
     assert "(`l_inf`, strength 0.1, grain tensor)" in card.text
     assert "range-regularization" in card.data.tags
+    for mode, words in {"clip": "clips each group at 1.5 times its rms", "prox": "takes a proximal step"}.items():
+        manifest.add("train", r2={**r2, "r2_mode": mode}, seed=0)
+        manifest.save(checkpoint)
+        assert words in render_card(checkpoint).text
 
 
 def test_rendering_twice_gives_the_same_file(checkpoint):

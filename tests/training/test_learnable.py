@@ -91,8 +91,8 @@ def test_every_training_starts_from_the_range_as_it_is(make_trainer):
 
     class Note(TrainerCallback):
         def on_train_begin(self, args, state, control, model=None, **kwargs):
-            ranges = [weight.abs().max().item() for weight in regularized_weights(model).values()]
-            starts.append(([level.item() for level in trainer.range_loss.learnable.values()], ranges))
+            ranges = {name.replace(".", "/"): w.abs().max().item() for name, w in regularized_weights(model).items()}
+            starts.append(({name: level.item() for name, level in trainer.range_loss.learnable.items()}, ranges))
 
     trainer.add_callback(Note())
     trainer.train()
