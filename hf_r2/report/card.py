@@ -26,8 +26,8 @@ LOSS_SENTENCES = {
 
 RESTRICTION_SENTENCES = {
     "loss": "adds {loss} to the task loss (`{r2_loss}`, strength {r2_strength}, grain {r2_grain})",
-    "prox": "takes a proximal step of each group's largest magnitude after every optimizer step (strength {r2_strength}, "
-    "grain {r2_grain})",
+    "prox": "takes a proximal step of each group's largest magnitude after every optimizer step "
+    "(strength {r2_strength}, grain {r2_grain})",
     "clip": "clips each group at {r2_clip} times its rms after every optimizer step (grain {r2_grain})",
 }
 
