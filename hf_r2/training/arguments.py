@@ -34,7 +34,7 @@ class R2TrainingArguments(TrainingArguments):
         default=0.01,
         metadata={
             "help": "Strength λ ≥ 0. The default is the R2 paper's, for long runs; λ scales as 1 / (learning rate × "
-            "steps), so runs of some hundred steps need about 0.1. 0 is plain Trainer, bit for bit."
+            "steps), so runs of some hundred steps need about 0.1. 0 restricts nothing."
         },
     )
     r2_clip: float = field(
