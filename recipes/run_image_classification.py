@@ -154,9 +154,10 @@ def make_data(recipe: RecipeArguments, processor: Any) -> Data:
         recipe.dataset, recipe.image_column, recipe.label_column, recipe.evaluate_on, recipe.dataset_config
     )
     transform = to_pixels(processor, recipe.image_column, recipe.label_column)
+    folder = Path(recipe.dataset)
     facts = {
-        "name": recipe.dataset,
-        "hub_name": None if recipe.dataset == "digits" or Path(recipe.dataset).is_dir() else recipe.dataset,
+        "name": folder.name if folder.is_dir() else recipe.dataset,  # a card shows no path of this machine
+        "hub_name": None if recipe.dataset == "digits" or folder.is_dir() else recipe.dataset,
         "split": recipe.evaluate_on,
         "train_examples": len(splits["train"]),
         "fingerprint": f"{splits['train']._fingerprint}-{splits['evaluation']._fingerprint}",
