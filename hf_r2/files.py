@@ -53,6 +53,11 @@ def _replace(scratch: Path, target: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def weight_file_bytes(directory: str | os.PathLike[str]) -> int:
+    """Add up the bytes of a checkpoint directory's weight files; 0 if there are none."""
+    return sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+
+
 def atomic_write(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file through a temporary sibling, so that readers see the old text or the new one."""
     target = Path(path)

@@ -66,15 +66,14 @@ class RangeProjection:
             strength: for `"prox"`: t, in units of the weight, usually learning rate × strength. For `"clip"`: the share
                 of the way to the clipped weight, 1 for all of it, less while warming up; 0 changes nothing.
         """
+        if strength == 0 or (self.kind == "clip" and self.clip == float("inf")):
+            return
         for module, attribute in self.selection.values():
             weight = output_first(module, getattr(module, attribute))
-            if strength == 0 or (self.kind == "clip" and self.clip == float("inf")):
-                continue
             if self.kind == "prox":
-                restricted = prox_l_inf(weight, strength, self.grain)
+                weight.copy_(prox_l_inf(weight, strength, self.grain))
             else:
-                restricted = torch.lerp(weight.float(), clip_to_rms(weight, self.clip, self.grain).float(), strength)
-            weight.copy_(restricted)
+                weight.lerp_(clip_to_rms(weight, self.clip, self.grain), strength)
 
 
 def clip_to_rms(weight: Tensor, multiple: float, grain: Grain = "tensor") -> Tensor:

@@ -74,7 +74,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 def require_match(pattern: str, names: Sequence[str]) -> None:
     """Raise a ValueError with near names if a pattern matches none of the names: it is most likely a typo."""
-    if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+    if not any(matches(name, [pattern]) for name in names):
         near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names[:3])
         raise ValueError(f"pattern {pattern!r} matches no weight; near names: {near}")
 

@@ -30,7 +30,7 @@ from transformers import (
 
 from hf_r2 import R2QuantizationConfig, R2Quantizer, R2Trainer, R2TrainingArguments, weight_statistics
 from hf_r2.evaluation import evaluate_classifier
-from hf_r2.files import atomic_directory
+from hf_r2.files import atomic_directory, weight_file_bytes
 from hf_r2.refine import batch_norms
 from hf_r2.report import Manifest, render_card, result_table, weight_histograms
 
@@ -117,8 +117,7 @@ def main() -> None:
 
     rows[-1]["published"] = True
     compressed = output / "compressed"
-    bits = f"{recipe.quantization.get('bits', R2QuantizationConfig().bits)}-bit"
-    weight_histograms(models, compressed / PICTURE_NAME, bits)
+    weight_histograms(models, compressed / PICTURE_NAME, label=rows[-1]["weights"])
     manifest = Manifest.load(compressed)
     manifest.add(
         "evaluate",
@@ -237,10 +236,6 @@ def compress_and_evaluate(
     names = [weight.name for weight in statistics if config.settings_for(weight.name).bits == config.bits]
     weights = [[candidate.get_parameter(name) for name in names] for candidate in (model, compressed)]
     return rows, (weights[0], weights[1])
-
-
-def weight_file_bytes(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 
 if __name__ == "__main__":

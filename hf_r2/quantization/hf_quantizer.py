@@ -60,18 +60,17 @@ class R2HfQuantizer(HfQuantizer):
         verify_layout(checkpoint_files or [], self.quantization_config.sha256)
         try:
             selection = self.selection(model)
-        except ValueError as error:
-            raise ValueError(f"{error}. {self._class_hint(model)}") from error
-        for name, (module, attribute) in selection.items():
-            weight = getattr(module, attribute)
-            settings = self.quantization_config.settings_for(name)
-            shape = output_first(module, weight).shape
-            codes = torch.empty(packed_size(weight.numel(), settings.bits), dtype=torch.uint8, device="meta")
-            self.encoded[name] = Encoded(codes, {}, shape, weight.dtype, settings)
-        try:
+            for name, (module, attribute) in selection.items():
+                weight = getattr(module, attribute)
+                settings = self.quantization_config.settings_for(name)
+                shape = output_first(module, weight).shape
+                codes = torch.empty(packed_size(weight.numel(), settings.bits), dtype=torch.uint8, device="meta")
+                self.encoded[name] = Encoded(codes, {}, shape, weight.dtype, settings)
             verify_settings(self.encoded, self.quantization_config.sha256)
         except ValueError as error:
-            raise ValueError(f"{error}. {self._class_hint(model)}") from error
+            saved = ", ".join(model.config.architectures or ["unknown"])
+            hint = f"The checkpoint was saved from {saved}; load it with that class, this is {type(model).__name__}"
+            raise ValueError(f"{error}. {hint}") from error
         for name, (module, attribute) in selection.items():
             encoded = self.encoded[name]
             setattr(module, attribute, nn.Parameter(encoded.codes, requires_grad=False))
@@ -107,11 +106,6 @@ class R2HfQuantizer(HfQuantizer):
             encoded.codebook = {key: module._buffers.pop(f"{attribute}_{key}") for key in encoded.codebook_like()}
             if encoded.codes.is_meta:
                 raise ValueError("a device_map that offloads to disk is not supported: leave out the disk")
-
-    @staticmethod
-    def _class_hint(model: PreTrainedModel) -> str:
-        saved = ", ".join(model.config.architectures or ["unknown"])
-        return f"The checkpoint was saved from {saved}; load it with that class, this is {type(model).__name__}"
 
     # --- saving -----------------------------------------------------------------------------------------------------
 

@@ -16,15 +16,13 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, PreTrainedModel, default_data_collator
 
 from hf_r2.codecs import Encoded, decode, mse, sqnr
-from hf_r2.files import atomic_directory
+from hf_r2.files import atomic_directory, weight_file_bytes
 from hf_r2.quantization.config import R2QuantizationConfig
 from hf_r2.quantization.hf_quantizer import compress
 from hf_r2.refine import reestimate_batch_norm
 from hf_r2.report.manifest import Manifest
-from hf_r2.report.statistics import WeightStatistics, weight_statistics
+from hf_r2.report.statistics import WeightStatistics, moments, weight_statistics
 from hf_r2.selection import output_first, select_weights
-
-_KEPT_AFTER = ("min", "max", "rms", "crest_factor", "kurtosis")
 
 
 class R2Quantizer(OptimumQuantizer):
@@ -85,7 +83,7 @@ class R2Quantizer(OptimumQuantizer):
             name: output_first(module, getattr(module, attribute)).detach().clone()
             for name, (module, attribute) in selection.items()
         }
-        float_bytes = _file_bytes(self.source) or sum(tensor.nbytes for tensor in model.state_dict().values())
+        float_bytes = weight_file_bytes(self.source) or sum(tensor.nbytes for tensor in model.state_dict().values())
         compress(model, quantization_config)
         if "batch_norm" in quantization_config.refine:
             reestimate_batch_norm(model, _batches(model, calibration_dataset, batch_size))
@@ -99,10 +97,8 @@ class R2Quantizer(OptimumQuantizer):
                 "quantize",
                 base_model=manifest.last("train").get("hub_model_id") or _base_model(self.source),
                 quantization_config=quantization_config.to_dict(),
-                weights=_weight_facts(
-                    model.hf_quantizer.encoded, originals, before, weight_statistics(model, *patterns)
-                ),
-                bytes={"float": float_bytes, "compressed": _file_bytes(scratch)},
+                weights=_weight_facts(model.hf_quantizer.encoded, originals, before),
+                bytes={"float": float_bytes, "compressed": weight_file_bytes(scratch)},
                 seconds=time.perf_counter() - start,
             )
             manifest.save(scratch)
@@ -148,14 +144,11 @@ def _batches(model: PreTrainedModel, dataset: Any, batch_size: int) -> Iterable[
 
 
 def _weight_facts(
-    encoded: Mapping[str, Encoded],
-    originals: Mapping[str, Tensor],
-    before: Sequence[WeightStatistics],
-    after: Sequence[WeightStatistics],
+    encoded: Mapping[str, Encoded], originals: Mapping[str, Tensor], before: Sequence[WeightStatistics]
 ) -> list[dict[str, Any]]:
-    """Per weight: statistics of the float weight, how it was compressed, and statistics of the compressed one."""
+    """Per weight: statistics of the float weight, how it was compressed, and moments of the compressed one."""
     facts = []
-    for statistics, left in zip(before, after, strict=True):
+    for statistics in before:
         compressed, original = encoded[statistics.name], originals[statistics.name]
         decoded = decode(compressed)
         facts.append(
@@ -165,15 +158,10 @@ def _weight_facts(
                 "bits_per_weight": compressed.bits_per_weight,
                 "mse": mse(original, decoded),
                 "compressed_sqnr": sqnr(original, decoded),
-                "compressed": {key: getattr(left, key) for key in _KEPT_AFTER},
+                "compressed": moments(decoded),
             }
         )
     return facts
-
-
-def _file_bytes(directory: str | os.PathLike[str]) -> int:
-    """Bytes of a checkpoint directory's weight files; 0 for a Hub name."""
-    return sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
 
 
 def _base_model(source: str) -> str:

@@ -1,5 +1,6 @@
 """The model card: a rendering of the manifest."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -44,20 +45,25 @@ def render_card(directory: str | os.PathLike[str]) -> ModelCard:
     manifest = Manifest.load(directory)
     if not manifest.last("quantize"):
         raise ValueError(f"{directory} has no manifest of a compressed checkpoint: make it with R2Quantizer.quantize")
-    facts = card_facts(manifest)
-    card = ModelCard.from_template(_metadata(facts), template_path=str(TEMPLATE), **facts)
+    card = build_card(manifest)
     card.save(directory / "README.md")
     return card
 
 
-def card_facts(manifest: Manifest) -> dict[str, Any]:
+def build_card(manifest: Manifest) -> ModelCard:
+    """Build the card of a manifest that has a quantize stage."""
+    facts = _card_facts(manifest)
+    return ModelCard.from_template(_metadata(facts), template_path=str(TEMPLATE), **facts)
+
+
+def _card_facts(manifest: Manifest) -> dict[str, Any]:
     """Gather what the template shows from a manifest's stages."""
     train, quantize, evaluate = (manifest.last(stage) for stage in ("train", "quantize", "evaluate"))
     config = quantize["quantization_config"]
     rows = evaluate.get("rows", [])
     published = next((row for row in rows if row.get("published")), {})
     weights = quantize["weights"]
-    elements = [_numel(weight) for weight in weights]
+    elements = [math.prod(weight["shape"]) for weight in weights]
     bits = sum(w["bits_per_weight"] * n for w, n in zip(weights, elements, strict=True)) / sum(elements)
     return {
         "name": evaluate.get("name") or f"{quantize['base_model']}-{config['bits']}bit",
@@ -139,10 +145,3 @@ def _weight_table(weights: list[dict[str, Any]]) -> str:
         for weight in weights
     ]
     return markdown_table(header, rows)
-
-
-def _numel(weight: dict[str, Any]) -> int:
-    count = 1
-    for size in weight["shape"]:
-        count *= size
-    return count

@@ -64,24 +64,31 @@ def crest_factor(weight: Tensor) -> Tensor:
     return shares.abs().amax() / shares.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _statistics(name: str, module: nn.Module, parameter: Tensor) -> WeightStatistics:
-    weight = output_first(module, parameter)
-    low, high = weight.min().item(), weight.max().item()
+@torch.no_grad()
+def moments(weight: Tensor) -> dict[str, float]:
+    """Return min, max, rms, crest factor and kurtosis of a weight; see [`WeightStatistics`]."""
     values = weight.double()
     centred = values - values.mean()
     variance = centred.square().mean()
-    kurtosis = (centred.square().square().mean() / variance.square()).item() if variance > 0 else 0.0
+    return {
+        "min": weight.min().item(),
+        "max": weight.max().item(),
+        "rms": values.square().mean().sqrt().item(),
+        "crest_factor": crest_factor(weight).item(),
+        "kurtosis": (centred.square().square().mean() / variance.square()).item() if variance > 0 else 0.0,
+    }
+
+
+def _statistics(name: str, module: nn.Module, parameter: Tensor) -> WeightStatistics:
+    weight = output_first(module, parameter)
+    values = moments(weight)
     return WeightStatistics(
         name=name,
         shape=tuple(parameter.shape),
-        min=low,
-        max=high,
-        rms=values.square().mean().sqrt().item(),
-        range=high - low,
-        crest_factor=crest_factor(weight).item(),
-        kurtosis=kurtosis,
+        range=values["max"] - values["min"],
         sqnr={
             bits: sqnr(weight, decode(encode(weight, CodecSettings("uniform", bits, "tensor"), name)))
             for bits in SQNR_BITS
         },
+        **values,
     )

@@ -7,8 +7,9 @@ from transformers import TrainingArguments
 
 from hf_r2.grain import parse_grain
 from hf_r2.losses import RANGE_LOSSES
+from hf_r2.projection import PROJECTIONS
 
-R2_MODES = ("loss", "prox", "clip", "none")
+R2_MODES = ("loss", *PROJECTIONS, "none")
 
 
 @dataclass

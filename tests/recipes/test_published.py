@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_r2.report import Manifest
-from hf_r2.report.card import TEMPLATE, card_facts
+from hf_r2.report.card import build_card
 
 ROOT = Path(__file__).parent.parent.parent
 RUNS = sorted((ROOT / "model_cards").glob("*/*/manifest.json"))
@@ -51,10 +51,7 @@ def test_digits_runs_used_the_committed_recipe():
 
 @pytest.mark.parametrize("manifest", RUNS, ids=lambda path: f"{path.parts[-3]}-{path.parts[-2]}")
 def test_card_is_rendered_from_its_manifest(manifest):
-    from hf_r2.report.card import _metadata
-
-    facts = card_facts(Manifest.load(manifest.parent))
-    card = ModelCard.from_template(_metadata(facts), template_path=str(TEMPLATE), **facts)
+    card = build_card(Manifest.load(manifest.parent))
     assert str(card) == (manifest.parent / "README.md").read_text(encoding="utf-8")
 
 

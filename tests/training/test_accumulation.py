@@ -11,7 +11,6 @@ from training_cases import (
     logged,
     make_bert,
     make_data,
-    make_dropout_bert,
     make_resnet,
     snapshot,
     train_logs,
@@ -179,23 +178,15 @@ def test_a_trainer_that_declares_its_scaling_is_not_warned_about(train, warnings
     assert warnings_of() == []
 
 
-def test_probing_does_not_touch_a_trajectory_with_dropout(train, make_trainer):
-    data = make_data("dropout_bert", 32)
-    probed = train(make_dropout_bert(), data, r2_strength=0.1, **settings(4, 4))
-    told = make_trainer(make_dropout_bert(), data, r2_strength=0.1, **settings(4, 4))
+@pytest.mark.parametrize(("name", "batch"), [("dropout_bert", (4, 4)), ("resnet", (8, 2))])
+def test_probing_does_not_touch_a_trajectory_with_dropout_or_batch_norm(train, make_trainer, name, batch):
+    data = make_data(name, 32)
+    probed = train(MODELS[name](), data, r2_strength=0.1, **settings(*batch))
+    told = make_trainer(MODELS[name](), data, r2_strength=0.1, **settings(*batch))
     told._probed, told.model_accepts_loss_kwargs = True, False
     told.train()
     assert_same(snapshot(probed.model), snapshot(told.model))
     assert logged(probed) == logged(told)
-
-
-def test_probing_does_not_touch_a_trajectory_with_batch_norm(train, make_trainer):
-    data = make_data("resnet", 32)
-    probed = train(make_resnet(), data, r2_strength=0.1, **settings(8, 2))
-    told = make_trainer(make_resnet(), data, r2_strength=0.1, **settings(8, 2))
-    told._probed, told.model_accepts_loss_kwargs = True, False
-    told.train()
-    assert_same(snapshot(probed.model), snapshot(told.model))
 
 
 @pytest.mark.parametrize("training", [True, False])
