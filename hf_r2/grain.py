@@ -4,12 +4,17 @@ The one place that knows grains: losses, codecs and reports all cut with [`block
 A weight is always handed over with its output channels first (see `hf_r2.selection.output_first`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 Grain = str | int
+
+EMPTY = "the weight has no elements; exclude it from the selection"
+
+CPU_PIECE, DEVICE_PIECE = 1 << 16, 1 << 24
+"""Elements of a piece: what stays in a core's cache, and what keeps a device's temporaries small."""
 
 
 def parse_grain(grain: Grain) -> Grain:
@@ -46,7 +51,7 @@ def blocks(weight: Tensor, grain: Grain) -> list[Tensor]:
     """
     grain = parse_grain(grain)
     if weight.numel() == 0:
-        raise ValueError("the weight has no elements; exclude it from the selection")
+        raise ValueError(EMPTY)
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if grain == "tensor":
         return [weight.reshape(1, -1)]
@@ -64,6 +69,21 @@ def join(parts: Sequence[Tensor], shape: Sequence[int], grain: Grain) -> Tensor:
     return (rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)).reshape(tuple(shape))
 
 
+def pieces(*parts: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """Walk over blocks of one shape together, piece by piece, so that temporaries stay small.
+
+    Yields:
+        The slice of the groups, and for each block a view `(those groups, some or all of their elements)`.
+    """
+    groups, n = parts[0].shape
+    size = CPU_PIECE * torch.get_num_threads() if parts[0].is_cpu else DEVICE_PIECE
+    rows = max(1, size // max(n, 1))
+    for start in range(0, groups, rows):
+        band = slice(start, start + rows)
+        for column in range(0, n, size):
+            yield band, tuple(part[band, column : column + size] for part in parts)
+
+
 def group_counts(shape: Sequence[int], grain: Grain) -> list[int]:
     """Count the groups in each block of a weight of the given shape; their sum is the number of codebooks."""
     if grain == "tensor":
@@ -72,8 +92,17 @@ def group_counts(shape: Sequence[int], grain: Grain) -> list[int]:
     return [shape[0] * (stop - start) // size for start, stop, size in _spans(inputs, grain)]
 
 
+def group_sizes(shape: Sequence[int], grain: Grain) -> list[int]:
+    """Elements of a group in each block of a weight of the given shape."""
+    if grain == "tensor":
+        return [torch.Size(shape).numel()]
+    return [size for _, _, size in _spans(torch.Size(shape[1:]).numel(), grain)]
+
+
 def _spans(inputs: int, grain: Grain) -> list[tuple[int, int, int]]:
     """Split the inputs of a channel into (start, stop, group size): whole groups, then what is left."""
+    if inputs == 0:
+        raise ValueError(EMPTY)
     size = inputs if grain == "channel" else min(int(grain), inputs)
     whole = inputs - inputs % size
     spans = [(0, whole, size)]

@@ -1,14 +1,21 @@
 """Range restriction decoupled from the loss, as AdamW decouples weight decay."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from hf_r2.grain import Grain, blocks, join, parse_grain
-from hf_r2.selection import output_first, select_weights
+from hf_r2.cells import PickedCells, cell_peaks, crowded, excess, pick_cells
+from hf_r2.grain import Grain, parse_grain, pieces
+from hf_r2.moments import rms
+from hf_r2.selection import output_first, scaled, select_trainable
+from hf_r2.sharding import LocalWeight, Routine, run
 
 PROJECTIONS = ("prox", "clip")
+
+NEWTON_STEPS = 24
+"""At most; weights take two to five."""
 
 
 class RangeProjection:
@@ -20,22 +27,26 @@ class RangeProjection:
         projection.step()
 
     `"clip"` limits |W| to a multiple of the weight's rms; `"prox"` takes the proximal step of `t · ‖W‖_inf`, whose pull
-    does not depend on the optimizer. Only the selected weights change: no bias, norm or optimizer state does.
+    does not depend on the optimizer. Only the selected weights change: no bias, norm or optimizer state does. Weights that
+    FSDP2 has cut (`DTensor`) count as the whole weights they are; every process must call `step` then.
 
     Which form for which optimizer: the loss forms suit SGD. Under Adam the gradient of a range loss, which sits on few
     elements, is divided by its own size and either swamps or starves; use a projection there.
 
     Args:
-        model: the model whose weights are restricted; they are read anew at every step.
+        model: the model whose weights are restricted; they are read anew at every step. Frozen ones are left out.
         kind: one of `PROJECTIONS`.
         grain: the groups whose range is restricted; match it to the quantizer's.
         clip: for `"clip"`: largest |W| in units of the group's rms; infinity changes nothing.
         include: see [`select_weights`].
         exclude: see [`select_weights`].
         min_numel: see [`select_weights`].
+        factors: factor on the strength of `step` by pattern over parameter names; the last that matches counts, 0 leaves
+            the weight out.
 
     Raises:
-        ValueError: for an unknown kind or grain, a clip that is not above 1, and an empty selection.
+        ValueError: for an unknown kind or grain, a clip that is not above 1, weights that are computed from others
+            (parametrized or adapted ones cannot be set), and if nothing trainable is selected.
     """
 
     def __init__(
@@ -48,6 +59,7 @@ class RangeProjection:
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         min_numel: int = 0,
+        factors: Mapping[str, float] | None = None,
     ) -> None:
         if kind not in PROJECTIONS:
             raise ValueError(f"unknown projection {kind!r}: use one of {', '.join(PROJECTIONS)}")
@@ -56,24 +68,34 @@ class RangeProjection:
         self.kind = kind
         self.grain = parse_grain(grain)
         self.clip = clip
-        self.selection = select_weights(model, include, exclude, min_numel)
+        self._limits: list[list[Tensor]] = []
+        self.selection, self.factors = select_trainable(model, include, exclude, min_numel, factors)
+        for name, (module, attribute) in self.selection.items():
+            if not isinstance(getattr(module, attribute), nn.Parameter):
+                raise ValueError(f"{name} is computed from other parameters and cannot be projected: use a range loss")
 
     @torch.no_grad()
-    def step(self, strength: float = 1.0) -> None:
+    def step(self, strength: Tensor | float = 1.0) -> None:
         """Restrict every selected weight once, in place.
 
         Args:
             strength: for `"prox"`: t, in units of the weight, usually learning rate × strength. For `"clip"`: the share
                 of the way to the clipped weight, 1 for all of it, less while warming up; 0 changes nothing.
         """
-        if strength == 0 or (self.kind == "clip" and self.clip == float("inf")):
+        if not isinstance(strength, Tensor) and (strength == 0 or (self.kind == "clip" and self.clip == float("inf"))):
             return
-        for module, attribute in self.selection.values():
-            weight = output_first(module, getattr(module, attribute))
-            if self.kind == "prox":
-                weight.copy_(prox_l_inf(weight, strength, self.grain))
-            else:
-                weight.lerp_(clip_to_rms(weight, self.clip, self.grain), strength)
+        strengths = scaled(strength, self.factors, len(self.selection))
+        weights = [output_first(module, getattr(module, attribute)) for module, attribute in self.selection.values()]
+        local = [LocalWeight(weight, self.grain) for weight in weights]
+        if self.kind == "prox":
+            before = self._limits or [None] * len(local)
+            routines = [_prox_limits(*each) for each in zip(local, strengths, before, strict=True)]
+        else:
+            routines = [_clip_limits(part, self.clip) for part in local]
+        self._limits = run(routines)
+        for weight, part, limit, share in zip(weights, local, self._limits, strengths, strict=True):
+            change = partial(_clamp, limits=limit, share=1.0 if self.kind == "prox" else share)
+            part.update(weight.detach(), change)
 
 
 def clip_to_rms(weight: Tensor, multiple: float, grain: Grain = "tensor") -> Tensor:
@@ -87,20 +109,15 @@ def clip_to_rms(weight: Tensor, multiple: float, grain: Grain = "tensor") -> Ten
     Returns:
         A new weight of the same shape and dtype.
     """
-    parts = []
-    for block in blocks(weight, grain):
-        limit = (multiple * block.square().mean(dim=1, keepdim=True).sqrt()).expand_as(block)
-        parts.append(block.clamp(-limit, limit))
-    return join(parts, weight.shape, grain).to(weight.dtype)
+    return _clamped(weight, grain, lambda local: _clip_limits(local, multiple))
 
 
 def prox_l_inf(weight: Tensor, t: float, grain: Grain = "tensor") -> Tensor:
     """Take the proximal step of `t · ‖W‖_inf`: `argmin_X ½ ‖X − W‖² + t ‖X‖_inf` for every group.
 
     By Moreau's identity it is `W − proj(W)` onto the L1 ball of radius t, which is W clamped to ±τ, where
-    `Σ_i max(|W_i| − τ, 0) = t`: the largest magnitudes are shaved off to one level, t in total. With |W| sorted
-    downwards and S_k the sum of the first k, `τ = max_k (S_k − t) / k`, exactly; a group whose magnitudes add up to no
-    more than t becomes 0. Source: Parikh and Boyd, Proximal Algorithms, 2014, §6.5.
+    `Σ_i max(|W_i| − τ, 0) = t`: the largest magnitudes are shaved off to one level, t in total. A group whose magnitudes
+    add up to no more than t becomes 0. Source: Parikh and Boyd, Proximal Algorithms, 2014, §6.5.
 
     Args:
         weight: `(out, in, …)`, any float dtype; computed in float32 or better.
@@ -115,12 +132,71 @@ def prox_l_inf(weight: Tensor, t: float, grain: Grain = "tensor") -> Tensor:
     """
     if t < 0:
         raise ValueError(f"t={t} is negative: a proximal step shrinks")
-    parts = []
-    for block in blocks(weight, grain):
-        magnitudes = block.abs().sort(dim=1, descending=True).values
-        counts = torch.arange(1, block.shape[1] + 1, device=block.device)
-        # float64: S_k adds up many magnitudes, and t may be far below the rounding of a float32 sum
-        levels = (magnitudes.double().cumsum(dim=1) - t) / counts
-        limit = levels.amax(dim=1, keepdim=True).clamp_min(0).to(block.dtype).expand_as(block)
-        parts.append(block.clamp(-limit, limit))
-    return join(parts, weight.shape, grain).to(weight.dtype)
+    return _clamped(weight, grain, lambda local: _prox_limits(local, t))
+
+
+def _clip_limits(weight: LocalWeight, multiple: float) -> Routine[list[Tensor]]:
+    sizes = yield from rms(weight)
+    return [multiple * size for size in sizes]
+
+
+def _prox_limits(weight: LocalWeight, t: Tensor | float, before: list[Tensor] | None = None) -> Routine[list[Tensor]]:
+    """Solve `Σ_i max(|W_i| − τ, 0) = t` for τ, `(groups,)` per block.
+
+    The sum is convex and falls with τ, and it is linear between magnitudes: Newton's method reaches the solution exactly,
+    from below, in a few steps. Any part of the elements gives a start that is not above the solution; the cells' peaks give
+    one that is close. Once many elements stand near the limit, that of the step before is closer still.
+    """
+    t = torch.as_tensor(t, dtype=torch.float64, device=weight.tensor.device)
+    warm = (
+        before is not None
+        and not weight.spread
+        and all(crowded(*pair) for pair in zip(weight.blocks(), before, strict=True))
+    )
+    picked: list[PickedCells | None] = [None] * len(weight.elements)
+    if warm:
+        limits = before
+    else:
+        peaks = [cell_peaks(block) for block in weight.blocks()]
+        limits = yield from weight.maximum([_sorted_solution(peak, t).to(peak.dtype) for peak in peaks])
+        picked = [pick_cells(*pair, above=True) for pair in zip(weight.blocks(), peaks, limits, strict=True)]
+    for _ in range(NEWTON_STEPS):
+        found = [excess(*arguments).T for arguments in zip(weight.blocks(), limits, picked, strict=True)]
+        found = yield from weight.total(found)
+        new = []
+        for (sums, counts), limit in zip((part.unbind(dim=1) for part in found), limits, strict=True):
+            # No element above the limit: from zero, the way is up
+            step = torch.where(counts > 0, limit + (sums - t) / counts.clamp_min(1), limit if not warm else 0)
+            new.append(step.clamp_min(0).to(limit.dtype))
+        # An accelerator takes all steps: to stop early, the host would have to wait for it
+        done = weight.tensor.is_cpu and all(map(torch.equal, new, limits))
+        limits = new
+        if done:
+            break
+    return limits
+
+
+def _sorted_solution(magnitudes: Tensor, t: Tensor) -> Tensor:
+    """Solve for τ on a few magnitudes, `(groups, n)`: with S_k the sum of the k largest, `τ = max_k (S_k − t) / k`."""
+    ordered = magnitudes.sort(dim=1, descending=True).values.double()
+    counts = torch.arange(1, ordered.shape[1] + 1, device=ordered.device)
+    return ((ordered.cumsum(dim=1) - t) / counts).amax(dim=1).clamp_min(0)
+
+
+def _clamped(weight: Tensor, grain: Grain, limits: Callable[[LocalWeight], Routine[list[Tensor]]]) -> Tensor:
+    local, result = LocalWeight(weight, grain), weight.detach().clone()
+    with torch.no_grad():
+        (found,) = run([limits(local)])
+        local.update(result, partial(_clamp, limits=found))
+    return result
+
+
+def _clamp(blocks: list[Tensor], limits: list[Tensor], share: Tensor | float = 1.0) -> None:
+    for block, limit in zip(blocks, limits, strict=True):
+        for band, (piece,) in pieces(block):
+            bound = limit[band, None]
+            # minimum and maximum broadcast fast, clamp with tensor bounds does not
+            if isinstance(share, float) and share == 1:
+                torch.maximum(torch.minimum(piece, bound, out=piece), -bound, out=piece)
+            else:
+                piece.lerp_(torch.maximum(torch.minimum(piece, bound), -bound), share)

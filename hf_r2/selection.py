@@ -2,8 +2,10 @@
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -60,6 +62,55 @@ def select_weights(
             f"min_numel={min_numel}); it has {len(candidates)} candidates, for example {candidates[:3]}"
         )
     return selected
+
+
+def select_trainable(
+    model: nn.Module,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    min_numel: int = 0,
+    factors: Mapping[str, float] | None = None,
+) -> tuple[dict[str, tuple[nn.Module, str]], Tensor | None]:
+    """Select the weights whose range training can restrict, and how strongly.
+
+    Args:
+        model: see [`select_weights`], as the other arguments.
+        include: see there.
+        exclude: see there.
+        min_numel: see there.
+        factors: factor on the strength by pattern over parameter names; the last that matches counts. 0 leaves the weight
+            out; a weight that no pattern matches has 1.
+
+    Returns:
+        What [`select_weights`] does, without frozen weights and those of factor 0; and their factors, `(weights,)`, or
+        None if all are 1.
+
+    Raises:
+        ValueError: if a pattern matches no weight, for a factor that is not a number ≥ 0, and if nothing is left.
+    """
+    selection = select_weights(model, include, exclude, min_numel)
+    chosen = dict.fromkeys(selection, 1.0)
+    for pattern, factor in (factors or {}).items():
+        require_match(pattern, list(selection))
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < math.inf:
+            raise ValueError(f"the strength factor {factor!r} of {pattern!r} is not a number ≥ 0")
+        chosen.update({name: float(factor) for name in selection if matches(name, [pattern])})
+    with torch.enable_grad():
+        trainable = [
+            name for name, (module, attribute) in selection.items() if getattr(module, attribute).requires_grad
+        ]
+    kept = [name for name in trainable if chosen[name] > 0]
+    if not kept:
+        reason = "have a strength factor of 0" if trainable else "are frozen (requires_grad=False)"
+        raise ValueError(f"all {len(selection)} selected weights of {type(model).__name__} {reason}")
+    return {name: selection[name] for name in kept}, torch.tensor([chosen[name] for name in kept]) if factors else None
+
+
+def scaled(scale: Tensor | float, factors: Tensor | None, count: int) -> Sequence[Tensor | float]:
+    """Factor × scale for each of `count` weights."""
+    if factors is None:
+        return [scale] * count
+    return ((factors.to(scale.device) if isinstance(scale, Tensor) else factors) * scale).unbind()
 
 
 def output_first(module: nn.Module, weight: Tensor) -> Tensor:

@@ -1,9 +1,14 @@
 """Kurtosis regularization (KURE)."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from hf_r2.grain import Grain, blocks
+from hf_r2.grain import Grain, pieces
+from hf_r2.losses.term import Measure, Measured, range_term
+from hf_r2.moments import extremes
+from hf_r2.sharding import LocalWeight, Routine
 
 UNIFORM_KURTOSIS = 1.8
 """Kurtosis of the uniform distribution (a normal one has 3, a Laplace one 6)."""
@@ -23,15 +28,56 @@ def kurtosis(weight: Tensor, target: float = UNIFORM_KURTOSIS, grain: Grain = "t
     Returns:
         Dimensionless scalar.
     """
-    terms = []
-    for block in blocks(weight, grain):
-        centred = block - block.mean(dim=1, keepdim=True)
-        spread = block.detach().amax(dim=1) > block.detach().amin(dim=1)
-        # The kurtosis does not depend on scale, so divide by the largest magnitude: fourth powers of small weights
-        # would leave float32 otherwise.
-        largest = torch.where(spread, centred.detach().abs().amax(dim=1), 1)
-        square = (centred / largest[:, None]).square()
-        second = torch.where(spread, square.mean(dim=1), 1)
-        value = square.square().mean(dim=1) / second.square()
-        terms.append(torch.where(spread, (value - target).square(), 0).sum())
-    return torch.stack(terms).sum()
+    return range_term(kurtosis_measure(target), grain, [weight])
+
+
+def kurtosis_measure(target: float = UNIFORM_KURTOSIS) -> Measure:
+    """Return the routine of a target; see [`kurtosis`]."""
+    return partial(_measure, target)
+
+
+def _measure(target: float, weight: LocalWeight) -> Routine[Measured]:
+    bounds = yield from extremes(weight)
+    # The kurtosis does not depend on scale, so the range becomes 1: fourth powers of small weights would leave float32
+    spread = [bound[:, 0] > bound[:, 1] for bound in bounds]
+    units = [torch.where(s, 1 / (bound[:, 0] - bound[:, 1]), 0) for s, bound in zip(spread, bounds, strict=True)]
+    starts = [bound[:, 1] for bound in bounds]
+    (means,) = yield from _moments(weight, units, starts, [1])
+    means = [
+        start + mean.to(start) / unit.where(unit > 0, 1) for start, mean, unit in zip(starts, means, units, strict=True)
+    ]
+    seconds, thirds, fourths = yield from _moments(weight, units, means, [2, 3, 4])
+    values, slopes = [], []
+    for varied, second, third, fourth in zip(spread, seconds, thirds, fourths, strict=True):
+        second = torch.where(varied, second, 1)
+        ratio = fourth / second.square()
+        values.append(torch.where(varied, (ratio - target).square(), 0))
+        slopes.append((torch.where(varied, 2 * (ratio - target) / second.square(), 0), third, ratio * second))
+    value = yield from weight.over_groups([v.to(unit.dtype) for v, unit in zip(values, units, strict=True)])
+
+    def add_gradient(grads: list[Tensor], scale: Tensor | float) -> None:
+        # dκ/dx_i = 4 / (n·m2²) · (x_i³ − m3 − κ·m2·x_i), with x = unit · (W − μ)
+        for index, (block, grad) in enumerate(zip(weight.blocks(), grads, strict=True)):
+            slope, third, linear = slopes[index]
+            outer = (4 / weight.elements[index] * slope * units[index] * scale).to(block.dtype)[:, None]
+            third, linear = third.to(block.dtype)[:, None], linear.to(block.dtype)[:, None]
+            for band, (piece, target_piece) in pieces(block, grad):
+                x = (piece - means[index][band, None]) * units[index][band, None]
+                target_piece.add_(outer[band] * (x * (x.square() - linear[band]) - third[band]))
+
+    return Measured(value, add_gradient)
+
+
+def _moments(
+    weight: LocalWeight, units: list[Tensor], centres: list[Tensor], powers: list[int]
+) -> Routine[list[list[Tensor]]]:
+    """Mean of `(unit · (W − centre))^power` for each group, float64: by power, then by block."""
+    sums = []
+    for block, unit, centre in zip(weight.blocks(), units, centres, strict=True):
+        sums.append(torch.zeros(len(unit), len(powers), dtype=torch.float64, device=block.device))
+        for band, (piece,) in pieces(block):
+            x = (piece - centre[band, None]) * unit[band, None]
+            sums[-1][band] += torch.stack([(x**power).sum(dim=1) for power in powers], dim=1)
+    sums = yield from weight.total(sums)
+    means = [part / elements for part, elements in zip(sums, weight.elements, strict=True)]
+    return [[mean[:, index] for mean in means] for index in range(len(powers))]

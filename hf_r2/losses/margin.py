@@ -1,9 +1,17 @@
 """The margin range loss."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from hf_r2.grain import Grain, blocks
+from hf_r2.cells import cell_peaks, crowded, excess, pick_cells
+from hf_r2.grain import Grain, pieces
+from hf_r2.losses.l_inf import find_largest
+from hf_r2.losses.term import Measure, Measured, range_term
+from hf_r2.sharding import LocalWeight, Routine
+
+MARGIN_REDUCTIONS = ("max", "sum")
 
 
 def margin(weight: Tensor, margin: Tensor, grain: Grain = "tensor", reduction: str = "max") -> Tensor:
@@ -26,12 +34,56 @@ def margin(weight: Tensor, margin: Tensor, grain: Grain = "tensor", reduction: s
     Raises:
         ValueError: for another reduction.
     """
-    if reduction not in ("max", "sum"):
+    return range_term(margin_measure(reduction), grain, [weight], [margin])
+
+
+def margin_measure(reduction: str) -> Measure:
+    """Return the routine of a reduction, which takes a weight and its margins; see [`margin`]."""
+    if reduction not in MARGIN_REDUCTIONS:
         raise ValueError(f"unknown margin reduction {reduction!r}: use 'max' or 'sum'")
-    parts = blocks(weight, grain)
-    terms = []
-    for block, level in zip(parts, margin.abs().split([len(part) for part in parts]), strict=True):
-        outside = (block.abs() - level[:, None]).relu()
-        outside = outside.amax(dim=1) if reduction == "max" else outside.sum(dim=1)
-        terms.append((level + outside).sum())
-    return torch.stack(terms).sum()
+    return partial(_measure, _furthest if reduction == "max" else _all)
+
+
+def _measure(outside: Measure, weight: LocalWeight, margins: Tensor) -> Routine[Measured]:
+    levels = [level.to(weight.tensor.device) for level in weight.held(margins.abs())]
+    sums, counts, add_gradient = yield from outside(weight, levels)
+    value = yield from weight.over_groups([level + more for level, more in zip(levels, sums, strict=True)])
+    # d|M| is 1, less 1 for every element that counts as outside
+    learned = yield from weight.whole([1 - count for count in counts])
+    return Measured(value, add_gradient, learned.to(margins) * margins.sign())
+
+
+def _furthest(weight: LocalWeight, levels: list[Tensor]) -> Routine[tuple]:
+    """Take the largest magnitude of each group, if it stands outside."""
+    tops, add_signs = yield from find_largest(weight)
+    sums = [(top - level).relu() for top, level in zip(tops, levels, strict=True)]
+    counts = [(more > 0).to(more.dtype) for more in sums]
+    return sums, counts, lambda grads, scale: add_signs(grads, [count * scale for count in counts])
+
+
+def _all(weight: LocalWeight, levels: list[Tensor]) -> Routine[tuple]:
+    """Take every element outside; only the cells that hold one are looked at again, unless they are many."""
+    picked, outside = [], []
+    for block, level in zip(weight.blocks(), levels, strict=True):
+        picked.append(None if crowded(block, level) else pick_cells(block, cell_peaks(block), level, above=True))
+        outside.append(excess(block, level, picked[-1]).T)
+    outside = yield from weight.total(outside)
+    sums, counts = zip(*(part.to(weight.blocks()[0].dtype).unbind(dim=1) for part in outside), strict=True)
+
+    def add_gradient(grads: list[Tensor], scale: Tensor | float) -> None:
+        for grad, block, level, pick in zip(grads, weight.blocks(), levels, picked, strict=True):
+            if pick is not None:
+                signs = _signs_outside(torch.from_numpy(pick.of(block)), level[torch.from_numpy(pick.groups)])
+                grad.view(-1, pick.size).index_add_(0, torch.from_numpy(pick.index), signs * scale)
+            else:
+                for band, (piece, target) in pieces(block, grad):
+                    target.add_(_signs_outside(piece, level[band]).mul_(scale))
+
+    return sums, counts, add_gradient
+
+
+def _signs_outside(values: Tensor, level: Tensor) -> Tensor:
+    if values.is_cpu and len(level) == 1:
+        return torch.nn.functional.hardshrink(values, level.item()).sign_()
+    level = level[:, None]
+    return (values - torch.minimum(torch.maximum(values, -level), level)).sign_()

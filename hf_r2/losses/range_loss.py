@@ -1,26 +1,41 @@
 """A range loss over the selected weights of a model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_r2.grain import Grain, blocks, group_counts, parse_grain
-from hf_r2.losses.kurtosis import UNIFORM_KURTOSIS, kurtosis
-from hf_r2.losses.l_inf import l_inf
-from hf_r2.losses.margin import margin
-from hf_r2.losses.soft_min_max import soft_min_max
-from hf_r2.losses.tail_mean import tail_mean
-from hf_r2.selection import output_first, select_weights
+from hf_r2.grain import Grain, group_counts, parse_grain
+from hf_r2.losses.kurtosis import UNIFORM_KURTOSIS, kurtosis_measure
+from hf_r2.losses.l_inf import measure_l_inf
+from hf_r2.losses.margin import margin_measure
+from hf_r2.losses.soft_min_max import first_temperature, soft_min_max_measure
+from hf_r2.losses.tail_mean import tail_mean_measure
+from hf_r2.losses.term import Measure, Measured, add_up, measure_all, range_term
+from hf_r2.moments import extremes
+from hf_r2.selection import output_first, scaled, select_trainable
+from hf_r2.sharding import LocalWeight, Routine, run
 
 RANGE_LOSSES = ("l_inf", "margin", "soft_min_max", "tail", "kurtosis")
 
 
 class RangeLoss(nn.Module):
-    """`Σ_weights loss(weight)` over the selected weights, as a module for any training loop.
+    """`Σ_weights factor · loss(weight)` over the selected weights, for any training loop.
+
+    Differentiable, as a term of the loss:
 
         range_loss = RangeLoss(model, kind="l_inf")
-        loss = task_loss + 0.1 * range_loss()
+        (task_loss + 0.1 * range_loss()).backward()
+
+    or in place, which builds no gradient of its own and costs a read of the weights for the losses whose gradient sits on
+    few elements; this is what the Trainer does:
+
+        range_loss.measure()
+        task_loss.backward()
+        range_loss.accumulate_grad_(0.1)
+
+    Weights that FSDP2 has cut (`DTensor`) count as the whole weights they are; every process must call it then.
 
     The margins of `"margin"` and the temperatures of `"soft_min_max"` are learnable, one per group. Train them with an
     optimizer of their own and without weight decay, which would pull them to zero:
@@ -28,19 +43,22 @@ class RangeLoss(nn.Module):
     this module, and its `state_dict` holds the learnable values alone.
 
     Args:
-        model: the model whose weights are restricted; they are read anew at every call.
+        model: the model whose weights are restricted; they are read anew at every call. Frozen ones are left out.
         kind: one of `RANGE_LOSSES`.
         grain: the groups whose range is restricted; match it to the quantizer's.
         include: see [`select_weights`].
         exclude: see [`select_weights`].
         min_numel: see [`select_weights`].
+        factors: factor on a weight's loss by pattern over parameter names; the last that matches counts; 0 leaves the
+            weight out.
         margin_reduction: `"max"` or `"sum"`, for `"margin"`; the margins start at each group's `max|W|`.
-        temperature: first value for `"soft_min_max"`, relative to 1/rms of the weight.
+        temperature: first value for `"soft_min_max"`, relative to 1/rms of the weight; without it, the one at which each
+            group's loss sees 90 % of its range.
         tail_fraction: share of the elements in the tail, for `"tail"`.
         kurtosis_target: kurtosis to hold, for `"kurtosis"`.
 
     Raises:
-        ValueError: for an unknown kind, grain or pattern, and for an empty selection.
+        ValueError: for an unknown kind, grain or pattern, and if nothing trainable is selected.
     """
 
     def __init__(
@@ -52,8 +70,9 @@ class RangeLoss(nn.Module):
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         min_numel: int = 0,
+        factors: Mapping[str, float] | None = None,
         margin_reduction: str = "max",
-        temperature: float = 5.0,
+        temperature: float | None = None,
         tail_fraction: float = 0.01,
         kurtosis_target: float = UNIFORM_KURTOSIS,
     ) -> None:
@@ -63,15 +82,14 @@ class RangeLoss(nn.Module):
         self.kind = kind
         self.grain = parse_grain(grain)
         # A plain dict of (module, "weight"): nothing in it becomes a submodule, so no model weight is saved twice
-        self.selection = select_weights(model, include, exclude, min_numel)
-        self.learnable = nn.ParameterDict(
-            {_key(name): nn.Parameter(self._start(weight, temperature)) for name, weight in self.weights()}
-            if kind in ("margin", "soft_min_max")
-            else {}
-        )
+        self.selection, self.factors = select_trainable(model, include, exclude, min_numel, factors)
         self.margin_reduction = margin_reduction
         self.tail_fraction = tail_fraction
         self.kurtosis_target = kurtosis_target
+        self.compiled = False
+        self.learnable = nn.ParameterDict(self._first_values(temperature))
+        self._local: list[LocalWeight] = []
+        self._measured: list[Measured] = []
 
     def weights(self) -> list[tuple[str, Tensor]]:
         """List the selected weights as (name, tensor with output channels first), as they are now."""
@@ -80,34 +98,107 @@ class RangeLoss(nn.Module):
             for name, (module, attribute) in self.selection.items()
         ]
 
-    def forward(self) -> Tensor:
-        """Return the sum over the selected weights: a float32 scalar on the first weight's device."""
-        terms = [self._loss(name, weight) for name, weight in self.weights()]
-        return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Fuse the passes of `"soft_min_max"` with `torch.compile`; the other losses have nothing to fuse."""
+        self.compiled = True
 
-    def _loss(self, name: str, weight: Tensor) -> Tensor:
+    def forward(self) -> Tensor:
+        """Return the sum over the selected weights: a float32 scalar on the first weight's device, differentiable."""
+        weights = [weight for _, weight in self.weights()]
+        return range_term(self._routine(), self.grain, weights, self._learned(), self.factors).float()
+
+    @torch.no_grad()
+    def measure(self) -> Tensor:
+        """Return what [`forward`] does, without a graph, and remember it for [`accumulate_grad_`]."""
+        self._local = [LocalWeight(weight, self.grain) for _, weight in self.weights()]
+        self._measured = measure_all(self._routine(), self._local, self._learned())
+        return add_up(self._measured, self.factors).float()
+
+    @torch.no_grad()
+    def accumulate_grad_(self, scale: Tensor | float = 1.0) -> None:
+        """Add scale × the gradient of the loss last measured to `.grad` of the weights and the learnable values.
+
+        Call it after backward, once the gradients are those of all micro-batches and processes, and before they are
+        clipped. The weights must be as they were when measured.
+
+        Args:
+            scale: strength; under a gradient scaler, strength × its scale.
+        """
+        scales = scaled(scale, self.factors, len(self._local))
+        for name, local, measured, factor in zip(self.selection, self._local, self._measured, scales, strict=True):
+            _add_gradient(*self.selection[name], local, measured, factor)
+            if measured.learned is not None:
+                _add(self.learnable[_key(name)], measured.learned * factor)
+        self._local, self._measured = [], []
+
+    def _routine(self) -> Measure:
         match self.kind:
             case "l_inf":
-                return l_inf(weight, self.grain)
+                return measure_l_inf
             case "margin":
-                return margin(weight, self._learned(name, weight), self.grain, self.margin_reduction)
+                return margin_measure(self.margin_reduction)
             case "soft_min_max":
-                return soft_min_max(weight, self._learned(name, weight), self.grain)
+                return soft_min_max_measure(self.compiled)
             case "tail":
-                return tail_mean(weight, self.tail_fraction, self.grain)
+                return tail_mean_measure(self.tail_fraction)
             case _:
-                return kurtosis(weight, self.kurtosis_target, self.grain)
+                return kurtosis_measure(self.kurtosis_target)
 
-    def _learned(self, name: str, weight: Tensor) -> Tensor:
-        return self.learnable[_key(name)].to(weight.device)
+    def _learned(self) -> list[Tensor]:
+        return [self.learnable[_key(name)] for name in self.selection] if len(self.learnable) else []
 
-    def _start(self, weight: Tensor, temperature: float) -> Tensor:
-        """First learnable values: the range as it is, or the given temperature."""
-        if self.kind == "soft_min_max":
-            groups = sum(group_counts(weight.shape, self.grain))
-            return torch.full((groups,), float(temperature), device=weight.device)
-        with torch.no_grad():
-            return torch.cat([block.abs().amax(dim=1) for block in blocks(weight, self.grain)])
+    def _first_values(self, temperature: float | None) -> dict[str, nn.Parameter]:
+        """First learnable values: the range as it is, or the temperature."""
+        if self.kind not in ("margin", "soft_min_max"):
+            return {}
+        weights = [LocalWeight(weight, self.grain) for _, weight in self.weights()]
+        if self.kind == "margin":
+            values = run([_range(weight) for weight in weights])
+        elif temperature is None:
+            values = run([first_temperature(weight) for weight in weights])
+        else:
+            counts = [sum(group_counts(weight.shape, self.grain)) for weight in weights]
+            values = [torch.full((count,), float(temperature)) for count in counts]
+        return {
+            _key(name): nn.Parameter(value.float().to(weight.tensor.device))
+            for name, value, weight in zip(self.selection, values, weights, strict=True)
+        }
+
+
+def _range(weight: LocalWeight) -> Routine[Tensor]:
+    bounds = yield from extremes(weight)
+    return (yield from weight.whole([bound.abs().amax(dim=1) for bound in bounds]))
+
+
+def _add_gradient(
+    module: nn.Module, attribute: str, local: LocalWeight, measured: Measured, scale: Tensor | float
+) -> None:
+    scale = scale.to(local.tensor.device) if isinstance(scale, Tensor) else scale
+
+    def change(target: Tensor) -> None:
+        local.update(output_first(module, target), lambda parts: measured.add_gradient(parts, scale))
+
+    weight = getattr(module, attribute)
+    if isinstance(weight, nn.Parameter):
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        change(weight.grad)
+        return
+    # A weight computed from parameters (a parametrization): its gradient goes on to them
+    with torch.enable_grad():
+        weight = getattr(module, attribute)
+    gradient = torch.zeros_like(weight)
+    change(gradient)
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter, part in zip(
+        parameters, torch.autograd.grad(weight, parameters, gradient, allow_unused=True), strict=True
+    ):
+        if part is not None:
+            _add(parameter, part)
+
+
+def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
+    parameter.grad = gradient.to(parameter) if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 def _key(name: str) -> str:

@@ -1,9 +1,19 @@
 """The soft-min-max range loss."""
 
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from hf_r2.grain import Grain, blocks
+from hf_r2.grain import Grain, group_counts, pieces
+from hf_r2.losses.term import Measure, Measured, range_term
+from hf_r2.moments import extremes, rms
+from hf_r2.sharding import LocalWeight, Routine
+
+LOWEST_START, HIGHEST_START = 1.0, 100.0
+"""Between these a first temperature is sought. At 100 only groups whose largest elements nearly tie see less than all."""
 
 
 def soft_min_max(weight: Tensor, temperature: Tensor | float, grain: Grain = "tensor") -> Tensor:
@@ -11,7 +21,7 @@ def soft_min_max(weight: Tensor, temperature: Tensor | float, grain: Grain = "te
 
     With `U = W / rms(W)` (rms of the group, detached), `s_max = Σ_i U_i p_i` where `p = softmax(a U)`, and
     `s_min = Σ_i U_i q_i` where `q = softmax(−a U)`. `e^{−a}` pushes a learnable temperature up, towards the hard range.
-    Because a works on U, one temperature fits every weight: 5 sees about 90 % of the range of weights with a normal
+    Because a works on U, it means the same for every weight: 5 sees about 90 % of the range of weights with a normal
     distribution, whether they are of size 0.02 or 1; on W itself a fixed temperature sees 3 % at 0.02.
     Source: soft-min-max R2 of Kundu et al., arXiv 2303.08253, in this project's working definition; the division by
     the rms is this project's.
@@ -24,17 +34,145 @@ def soft_min_max(weight: Tensor, temperature: Tensor | float, grain: Grain = "te
     Returns:
         Scalar in units of the weight.
     """
-    parts = blocks(weight, grain)
-    groups = sum(len(part) for part in parts)
-    a = torch.as_tensor(temperature, dtype=parts[0].dtype, device=weight.device).expand(groups)
-    terms = []
-    for block, a_block in zip(parts, a.split([len(part) for part in parts]), strict=True):
-        # Squares of weights beyond 1e19 or below 1e-19 would leave float32, so divide by the largest magnitude first
-        largest = block.detach().abs().amax(dim=1).clamp_min(torch.finfo(block.dtype).tiny)
-        rms = largest * (block.detach() / largest[:, None]).square().mean(dim=1).sqrt()
-        u = block / rms.clamp_min(torch.finfo(block.dtype).tiny)[:, None]
-        # softmax subtracts the largest exponent itself, so neither sum can overflow
-        s_max = (u * torch.softmax(a_block[:, None] * u, dim=1)).sum(dim=1)
-        s_min = (u * torch.softmax(-a_block[:, None] * u, dim=1)).sum(dim=1)
-        terms.append((rms * (s_max - s_min + torch.exp(-a_block))).sum())
-    return torch.stack(terms).sum()
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    temperatures = torch.as_tensor(temperature, dtype=dtype, device=weight.device)
+    return range_term(
+        soft_min_max_measure(), grain, [weight], [temperatures.expand(sum(group_counts(weight.shape, grain)))]
+    )
+
+
+def soft_min_max_measure(compiled: bool = False) -> Measure:
+    """Return the routine, which takes a weight and its temperatures; see [`soft_min_max`].
+
+    Args:
+        compiled: fuse its two passes of exponentials with `torch.compile`.
+    """
+    return partial(_measure, compiled)
+
+
+def _measure(compiled: bool, weight: LocalWeight, temperatures: Tensor) -> Routine[Measured]:
+    a = [part.to(weight.tensor.device) for part in weight.held(temperatures)]
+    bounds = yield from extremes(weight)
+    sizes = yield from rms(weight)
+    rates = [_rate(part, size) for part, size in zip(a, sizes, strict=True)]
+    highs, lows = yield from _soft_ends(weight, rates, bounds, compiled)
+    values, slopes = [], []
+    for part, size, bound, high, low in zip(a, sizes, bounds, highs, lows, strict=True):
+        penalty = size * torch.exp(-part)
+        soft_range = bound[:, 0] - bound[:, 1] - (high.distance + low.distance)
+        values.append(soft_range.to(size.dtype) + penalty)
+        # d s_max / da is the variance of U under p, −d s_min / da that under q
+        variance = torch.where(size > 0, (high.variance + low.variance) / size, 0)
+        slopes.append(variance.to(size.dtype) - penalty)
+    value = yield from weight.over_groups(values)
+    learned = yield from weight.whole(slopes)
+
+    def add_gradient(grads: list[Tensor], scale: Tensor | float) -> None:
+        add = _kernel(_add_gradient, compiled)
+        for block, grad, rate, bound, high, low in zip(weight.blocks(), grads, rates, bounds, highs, lows, strict=True):
+            coefficients = torch.cat([end.coefficients(rate, scale) for end in (high, low)], dim=1).to(block.dtype)
+            once = _once(rate, bound)
+            for band, (piece, target) in _walk(compiled, block, grad):
+                add(target, piece, rate[band, None], bound[band], coefficients[band], once)
+
+    return Measured(value, add_gradient, learned.to(temperatures))
+
+
+def first_temperature(weight: LocalWeight, share: float = 0.9) -> Routine[Tensor]:
+    """Find the temperature at which soft-min-max sees a share of each group's range, `(groups,)`, by bisection."""
+    bounds = yield from extremes(weight)
+    sizes = yield from rms(weight)
+    lowest = [torch.full_like(size, LOWEST_START) for size in sizes]
+    highest = [torch.full_like(size, HIGHEST_START) for size in sizes]
+    # Halving the logarithm of a factor of 100 eight times leaves one of 1.02
+    for _ in range(8):
+        middle = [(low * high).sqrt() for low, high in zip(lowest, highest, strict=True)]
+        rates = [_rate(a, size) for a, size in zip(middle, sizes, strict=True)]
+        highs, lows = yield from _soft_ends(weight, rates, bounds, compiled=False)
+        for index, bound in enumerate(bounds):
+            unseen = highs[index].distance + lows[index].distance
+            enough = unseen <= (1 - share) * (bound[:, 0] - bound[:, 1])
+            highest[index] = torch.where(enough, middle[index], highest[index])
+            lowest[index] = torch.where(enough, lowest[index], middle[index])
+    return (yield from weight.whole(highest))
+
+
+class _SoftEnd(NamedTuple):
+    """One soft end of each group's range, `(groups,)` in float64, with d the distances from the hard end.
+
+    Args:
+        total: `Σ e^{−rate · d}`.
+        distance: mean of d under these weights: how far the soft end lies inside the hard one.
+        variance: of d under these weights.
+    """
+
+    total: Tensor
+    distance: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, sums: Tensor) -> "_SoftEnd":
+        """From sums of `e`, `e·d` and `e·d²`, `(groups, 3)`."""
+        total, first, second = sums.unbind(dim=1)
+        return cls(total, first / total, (second / total - (first / total).square()).clamp_min(0))
+
+    def coefficients(self, rate: Tensor, scale: Tensor | float) -> Tensor:
+        """`p · [1 + a(U − s_max)]` and its counterpart are `e · (c0 − c1 · d)`: c0 and c1, `(groups, 2)`."""
+        return torch.stack([(1 + rate * self.distance) / self.total, rate / self.total], dim=1) * scale
+
+
+def _rate(temperature: Tensor, size: Tensor) -> Tensor:
+    """Return a / rms, the factor of W in the exponents; a group of zeros has no range to see at any."""
+    return torch.where(size > 0, temperature / size, 0)
+
+
+def _soft_ends(
+    weight: LocalWeight, rates: list[Tensor], bounds: list[Tensor], compiled: bool
+) -> Routine[tuple[list[_SoftEnd], list[_SoftEnd]]]:
+    kernel = _kernel(_exponential_sums, compiled)
+    sums = []
+    for block, rate, bound in zip(weight.blocks(), rates, bounds, strict=True):
+        sums.append(torch.zeros(len(rate), 6, dtype=torch.float64, device=block.device))
+        once = _once(rate, bound)
+        for band, (piece,) in _walk(compiled, block):
+            sums[-1][band] += kernel(piece, rate[band, None], bound[band], once)
+    sums = yield from weight.total(sums)
+    return [_SoftEnd.of(part[:, :3]) for part in sums], [_SoftEnd.of(part[:, 3:]) for part in sums]
+
+
+def _once(rate: Tensor, bound: Tensor) -> bool:
+    """Tell whether one exponential serves both ends: neither it nor its reciprocal leaves float32."""
+    return rate.is_cpu and bool((rate * (bound[:, 0] - bound[:, 1]) < 80).all())
+
+
+def _exponentials(piece: Tensor, rate: Tensor, bound: Tensor, once: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Distances from the high and the low end, and their exponentials."""
+    high, low = bound[:, :1] - piece, piece - bound[:, 1:]
+    e_high = torch.exp(high * -rate)
+    e_low = torch.exp((bound[:, :1] - bound[:, 1:]) * -rate) / e_high if once else torch.exp(low * -rate)
+    return high, low, e_high, e_low
+
+
+def _exponential_sums(piece: Tensor, rate: Tensor, bound: Tensor, once: bool) -> Tensor:
+    high, low, e_high, e_low = _exponentials(piece, rate, bound, once)
+    sums = []
+    for distance, e in ((high, e_high), (low, e_low)):
+        first = e * distance
+        sums += [e.sum(dim=1), first.sum(dim=1), (first * distance).sum(dim=1)]
+    return torch.stack(sums, dim=1)
+
+
+def _add_gradient(grad: Tensor, piece: Tensor, rate: Tensor, bound: Tensor, coefficients: Tensor, once: bool) -> None:
+    high, low, e_high, e_low = _exponentials(piece, rate, bound, once)
+    c = coefficients
+    grad.add_(e_high * (c[:, :1] - c[:, 1:2] * high) - e_low * (c[:, 2:3] - c[:, 3:] * low))
+
+
+def _walk(compiled: bool, *blocks: Tensor) -> Iterable[tuple[slice, tuple[Tensor, ...]]]:
+    """Piece by piece, so that temporaries stay small; a fused pass has none and takes the whole."""
+    return [(slice(None), blocks)] if compiled else pieces(*blocks)
+
+
+@cache
+def _kernel(function: Callable, compiled: bool) -> Callable:
+    return torch.compile(function, dynamic=True) if compiled else function

@@ -1,0 +1,101 @@
+"""A range loss measured on weights, and its gradient written where it is wanted.
+
+Plain autograd would build several tensors of the weight's size for gradients that sit on few elements. So every loss is
+a routine (see `hf_r2.sharding`) that measures one weight and returns a [`Measured`]: the value, and a function that adds
+the weight's gradient to blocks given to it, such as those of `parameter.grad`.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hf_r2.grain import Grain
+from hf_r2.selection import scaled
+from hf_r2.sharding import LocalWeight, Routine, run
+
+
+class Measured(NamedTuple):
+    """What a range loss found out about one weight.
+
+    Args:
+        value: the loss of the whole weight, a scalar.
+        add_gradient: `add_gradient(blocks, scale)` adds scale × gradient to the weight's blocks held here, in place.
+        learned: gradient of the learnable values, one per group of the whole weight.
+    """
+
+    value: Tensor
+    add_gradient: Callable[[list[Tensor], Tensor | float], None]
+    learned: Tensor | None = None
+
+
+Measure = Callable[..., Routine[Measured]]
+"""`measure(weight)` or `measure(weight, learned)`, with one learned value per group of the whole weight."""
+
+
+def range_term(
+    measure: Measure,
+    grain: Grain,
+    weights: Sequence[Tensor],
+    learned: Sequence[Tensor] = (),
+    factors: Tensor | None = None,
+) -> Tensor:
+    """Add up a range loss over weights, differentiably (once).
+
+    Args:
+        measure: the loss's routine.
+        grain: the groups whose range is restricted.
+        weights: tensors or DTensors `(out, in, …)`, any float dtype.
+        learned: for each weight, its learnable values `(groups,)`; or nothing.
+        factors: for each weight, a factor on its loss, `(weights,)`; 1 without.
+
+    Returns:
+        Scalar in float32 or better, on the first weight's device.
+    """
+    return _RangeTerm.apply(measure, grain, factors, len(weights), *weights, *learned)
+
+
+def measure_all(measure: Measure, weights: Sequence[LocalWeight], learned: Sequence[Tensor] = ()) -> list[Measured]:
+    """Measure many weights, with one collective per step for all of them if they are cut over processes."""
+    arguments = zip(weights, learned, strict=True) if learned else ((weight,) for weight in weights)
+    with torch.no_grad():
+        return run([measure(*argument) for argument in arguments])
+
+
+def add_up(measured: Sequence[Measured], factors: Tensor | None) -> Tensor:
+    """Sum of factor × value, on the device of the first."""
+    values = torch.stack([one.value.to(measured[0].value.device) for one in measured])
+    return values.sum() if factors is None else (values * factors.to(values)).sum()
+
+
+class _RangeTerm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, measure: Measure, grain: Grain, factors: Tensor | None, count: int, *tensors: Tensor
+    ) -> Tensor:
+        weights, learned = tensors[:count], tensors[count:]
+        ctx.factors = factors
+        ctx.local = [LocalWeight(weight, grain) for weight in weights]
+        ctx.measured = measure_all(measure, ctx.local, [values.detach() for values in learned])
+        # Saved, so that autograd notices if a weight is changed in place before backward
+        ctx.save_for_backward(*weights)
+        return add_up(ctx.measured, factors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple:
+        scales = scaled(scale, ctx.factors, len(ctx.local))
+        gradients: list[Tensor | None] = []
+        for index, weight in enumerate(ctx.saved_tensors):
+            gradients.append(torch.zeros_like(weight) if ctx.needs_input_grad[4 + index] else None)
+            if gradients[-1] is not None:
+                add = partial(ctx.measured[index].add_gradient, scale=scales[index].to(weight.device))
+                ctx.local[index].update(gradients[-1], add)
+        learned = [
+            one.learned * factor.to(one.learned.device) if one.learned is not None else None
+            for one, factor in zip(ctx.measured, scales, strict=True)
+        ]
+        return None, None, None, None, *gradients, *learned[: len(ctx.needs_input_grad) - 4 - len(gradients)]

@@ -1,0 +1,76 @@
+"""Statistics of the groups of a weight, as routines over what each process holds (see `hf_r2.sharding`)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_r2.grain import pieces
+from hf_r2.sharding import LocalWeight, Routine
+
+
+def rms(weight: LocalWeight) -> Routine[list[Tensor]]:
+    """Root mean square of each group: `(groups,)` per block."""
+    squares = yield from weight.total([_norm(block).square() for block in weight.blocks()])
+    return [
+        (square / elements).sqrt().to(block.dtype)
+        for square, elements, block in zip(squares, weight.elements, weight.blocks(), strict=True)
+    ]
+
+
+def _norm(block: Tensor) -> Tensor:
+    """Euclidean norm of each group, in float64."""
+    if block.is_cpu:
+        # Three times as fast as float64, but the squares of very large and very small weights leave float32
+        norm = torch.linalg.vector_norm(block, dim=1)
+        if bool(((norm > 1e-15) & (norm < 1e15)).all()):
+            return norm.double()
+    return torch.linalg.vector_norm(block, dim=1, dtype=torch.float64)
+
+
+def extremes(weight: LocalWeight) -> Routine[list[Tensor]]:
+    """Largest and smallest element of each group: `(groups, 2)` per block."""
+    ends = []
+    for block in weight.blocks():
+        if block.shape[1]:
+            ends.append(torch.stack([block.amax(dim=1), block.amin(dim=1).neg_()], dim=1))
+        else:
+            ends.append(block.new_full((len(block), 2), -torch.inf))
+    ends = yield from weight.maximum(ends)
+    return [end * end.new_tensor([1, -1]) for end in ends]
+
+
+class Shape(NamedTuple):
+    """How the values of a whole weight are distributed; scalars, dimensionless.
+
+    Args:
+        crest_factor: max|W| / rms(W); 0 for a weight of zeros.
+        kurtosis: fourth moment over the squared second, around the mean; 0 for equal values.
+    """
+
+    crest_factor: Tensor
+    kurtosis: Tensor
+
+
+def shape(weight: LocalWeight) -> Routine[Shape]:
+    """Measure crest factor and kurtosis of a weight cut with grain "tensor"; NaN for a weight that is not finite."""
+    (ends,) = yield from extremes(weight)
+    largest = ends.abs().amax(dim=1)
+    (block,) = weight.blocks()
+    # Divided by the largest magnitude, the fourth powers of no weight leave float32
+    unit = 1 / torch.where(largest > 0, largest, 1).double()
+    sums = torch.zeros(1, 4, dtype=torch.float64, device=block.device)
+    for _, (piece,) in pieces(block):
+        values = piece * unit.to(piece.dtype)
+        squares = values.square()
+        powers = (values, squares, values * squares, squares.square())
+        sums += torch.stack([power.sum(dim=1, dtype=torch.float64) for power in powers], dim=1)
+    (sums,) = yield from weight.total([sums])
+    m1, m2, m3, m4 = (sums / weight.elements[0])[0]
+    variance = m2 - m1**2
+    # Moments around the mean from those around zero; weights have means near zero, so little cancels
+    fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
+    crest = torch.where(largest[0] > 0, (largest[0].double() * unit[0]) / m2.sqrt(), 0)
+    # Equal values leave no variance but rounding
+    kurtosis = torch.where(variance > 1e-12 * m2, fourth / variance.square(), 0)
+    return Shape(crest.float(), torch.where(m2.isnan(), m2, kurtosis).float())

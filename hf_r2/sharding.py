@@ -1,0 +1,209 @@
+"""What this process holds of a weight, and how per-group statistics are put together over the processes.
+
+A weight is either whole here or cut over processes (FSDP2's `DTensor`). Whatever needs statistics of a group is written
+once, as a *routine*: a generator that works on the groups' elements held here and yields a [`Reduction`] where it needs
+those of the other processes. [`run`] drives the routines of many weights in step, so that a model needs as many
+collectives as one weight does.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from hf_r2.grain import EMPTY, Grain, blocks, group_counts, group_sizes, join, parse_grain
+
+Result = TypeVar("Result")
+
+
+class Reduction(NamedTuple):
+    """Request of a routine: these values, combined over the processes that hold parts of the weight."""
+
+    operation: str
+    values: Tensor
+    mesh: Any
+
+
+Routine = Generator[Reduction, Tensor, Result]
+
+
+class LocalWeight:
+    """The part of a weight that this process holds.
+
+    A cut along the output channels leaves the groups of `"channel"` and int grains whole; `"tensor"` groups, and channels
+    of a weight cut along its inputs, are *spread*: their statistics are those of all processes. A weight cut in any other
+    way is gathered, one at a time.
+
+    Args:
+        weight: `(out, in, …)`, a tensor or a `DTensor`, any float dtype. It is read, never written.
+        grain: see [`hf_r2.grain.parse_grain`].
+
+    Attributes:
+        tensor: what is held here, output channels first, detached.
+        elements: elements of a whole group, one number per block.
+        spread: whether the elements of one group lie on several processes.
+
+    Raises:
+        ValueError: for an unknown grain and an empty weight.
+    """
+
+    def __init__(self, weight: Tensor, grain: Grain) -> None:
+        self.grain = parse_grain(grain)
+        self.shape = tuple(weight.shape)
+        if weight.numel() == 0:
+            raise ValueError(EMPTY)
+        self.elements = group_sizes(self.shape, self.grain)
+        self.mesh, self.spread = None, False
+        self._start, self._stop = 0, self.shape[0] if self.shape else 1
+        weight = weight.detach()
+        if isinstance(weight, DTensor):
+            weight = self._localize(weight)
+        self.tensor = weight
+        self._views: list[Tensor] | None = None
+
+    def _localize(self, weight: DTensor) -> Tensor:
+        cuts = [(dim, placement) for dim, placement in enumerate(weight.placements) if placement != Replicate()]
+        by_output = len(cuts) == 1 and cuts[0][1] == Shard(0)
+        by_input = len(cuts) == 1 and type(cuts[0][1]) is Shard and not by_output
+        if not (by_output or (by_input and isinstance(self.grain, str))):
+            return weight.full_tensor()
+        mesh_dim = cuts[0][0]
+        self.mesh = weight.device_mesh if weight.device_mesh.ndim == 1 else weight.device_mesh[_name(weight, mesh_dim)]
+        self.spread = by_input or self.grain == "tensor"
+        if not self.spread:
+            # torch.chunk's cut: all processes but the last ones hold ⌈out / processes⌉ channels
+            rows = -(-self.shape[0] // self.mesh.size())
+            self._start = min(rows * self.mesh.get_local_rank(), self.shape[0])
+            self._stop = min(self._start + rows, self.shape[0])
+        return weight.to_local()
+
+    def blocks(self) -> list[Tensor]:
+        """Cut what is held here into blocks `(groups, elements)`; float32 or better, see [`hf_r2.grain.blocks`]."""
+        if self._views is None:
+            parts = self._cut(self.tensor)
+            if any(_is_copy(part, self.tensor) for part in parts):
+                return parts
+            self._views = parts
+        return self._views
+
+    def _cut(self, tensor: Tensor) -> list[Tensor]:
+        if tensor.numel():
+            return blocks(tensor, self.grain)
+        empty = tensor.new_empty(0, dtype=torch.promote_types(tensor.dtype, torch.float32))
+        if self.spread:
+            return [empty.view(count, 0) for count in group_counts(self.shape, self.grain)]
+        return [empty.view(0, size) for size in self.elements]
+
+    def update(self, target: Tensor, change: Callable[[list[Tensor]], None]) -> None:
+        """Let `change` write to the blocks of a tensor of the weight's layout (the weight, its gradient), in place."""
+        whole = isinstance(target, DTensor) and self.mesh is None
+        local = target.full_tensor() if whole else target.to_local() if isinstance(target, DTensor) else target
+        parts = self._cut(local)
+        change(parts)
+        if any(_is_copy(part, local) for part in parts):
+            local.copy_(join(parts, local.shape, self.grain))
+        if whole:
+            replicated = DTensor.from_local(local, target.device_mesh, [Replicate()] * target.device_mesh.ndim)
+            target.copy_(replicated.redistribute(placements=target.placements))
+
+    # --- groups -----------------------------------------------------------------------------------------------------
+
+    def held(self, values: Tensor) -> list[Tensor]:
+        """Cut one value per group of the whole weight, `(groups,)`, to those of the groups in each block held here."""
+        if self.spread or self.mesh is None:
+            return list(values.split(group_counts(self.shape, self.grain)))
+        parts = []
+        for part in values.split(group_counts(self.shape, self.grain)):
+            per_output = len(part) // self.shape[0]
+            parts.append(part[self._start * per_output : self._stop * per_output])
+        return parts
+
+    def whole(self, parts: Sequence[Tensor]) -> Routine[Tensor]:
+        """Put values of the groups held here together to one per group of the whole weight: inverse of [`held`]."""
+        if self.spread or self.mesh is None:
+            return torch.cat(list(parts))
+        values = parts[0].new_zeros(sum(group_counts(self.shape, self.grain)))
+        for place, part in zip(self.held(values), parts, strict=True):
+            place.copy_(part)
+        return (yield Reduction("sum", values, self.mesh))
+
+    def maximum(self, parts: Sequence[Tensor]) -> Routine[list[Tensor]]:
+        """Combine largest values of the groups, one tensor per block, first dimension groups."""
+        return (yield from self._combine("max", parts))
+
+    def total(self, parts: Sequence[Tensor]) -> Routine[list[Tensor]]:
+        """Combine sums over the groups, one tensor per block, first dimension groups."""
+        return (yield from self._combine("sum", parts))
+
+    def _combine(self, operation: str, parts: Sequence[Tensor]) -> Routine[list[Tensor]]:
+        if not self.spread:
+            return list(parts)
+        combined = yield Reduction(operation, torch.cat(list(parts)), self.mesh)
+        return list(combined.split([len(part) for part in parts]))
+
+    def gather(self, parts: Sequence[Tensor]) -> Routine[list[Tensor]]:
+        """Put the rows that processes hold for the same group beside each other: `(groups, processes · columns)`."""
+        if not self.spread:
+            return list(parts)
+        rank, gathered = self.mesh.get_local_rank(), []
+        for part in parts:
+            place = part.new_zeros(len(part), self.mesh.size(), part.shape[1])
+            place[:, rank] = part
+            gathered.append((yield Reduction("sum", place, self.mesh)).flatten(1))
+        return gathered
+
+    def over_groups(self, parts: Sequence[Tensor]) -> Routine[Tensor]:
+        """Add up one value per group, over all groups of the whole weight, to a scalar."""
+        value = torch.cat(list(parts)).sum()
+        if self.spread or self.mesh is None:
+            return value
+        return (yield Reduction("sum", value, self.mesh))
+
+
+def run(routines: Sequence[Routine[Result]]) -> list[Result]:
+    """Drive routines to their ends, one collective for what all of them ask at a time."""
+    results: dict[int, Result] = {}
+    requests: dict[int, Reduction] = {}
+
+    def advance(index: int, answer: Tensor | None) -> None:
+        try:
+            requests[index] = routines[index].send(answer)
+        except StopIteration as end:
+            results[index] = end.value
+
+    for index in range(len(routines)):
+        advance(index, None)
+    while requests:
+        answers = _reduce(requests)
+        requests.clear()
+        for index, answer in answers.items():
+            advance(index, answer)
+    return [results[index] for index in range(len(routines))]
+
+
+def _reduce(requests: dict[int, Reduction]) -> dict[int, Tensor]:
+    answers = {}
+    kinds = dict.fromkeys((request.operation, request.mesh) for request in requests.values())
+    for operation, mesh in kinds:
+        members = {i: r.values for i, r in requests.items() if (r.operation, r.mesh) == (operation, mesh)}
+        # float64: what is exact on one process stays exact over several
+        flat = torch.cat([values.reshape(-1).double().to(mesh.device_type) for values in members.values()])
+        dist.all_reduce(flat, dist.ReduceOp.MAX if operation == "max" else dist.ReduceOp.SUM, group=mesh.get_group())
+        parts = flat.split([values.numel() for values in members.values()])
+        for (index, values), part in zip(members.items(), parts, strict=True):
+            answers[index] = part.view(values.shape).to(values)
+    return dict(sorted(answers.items()))
+
+
+def _is_copy(part: Tensor, tensor: Tensor) -> bool:
+    return part.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
+
+
+def _name(weight: DTensor, mesh_dim: int) -> str:
+    names = weight.device_mesh.mesh_dim_names
+    if names is None:
+        raise ValueError("the weight lies on an unnamed device mesh of several dimensions; name its dimensions")
+    return names[mesh_dim]
