@@ -44,8 +44,8 @@ def pick_cells(block: Tensor, peaks: Tensor, level: Tensor, above: bool = False)
     NumPy does this and what follows: on arrays of this size it takes a third of torch's time per call.
 
     Returns:
-        The cells; None if they are so many that a pass over the whole block costs less, and on an accelerator, where the
-        host would have to wait to learn how many they are.
+        The cells; None if they are so many that a pass over the whole block costs less, and on an accelerator, where
+        the host would have to wait to learn how many they are.
     """
     if not block.is_cpu or block.numel() == 0:
         return None

@@ -1,12 +1,13 @@
 """Statistics of the groups of a weight, as routines over what each process holds (see `hf_r2.sharding`)."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_r2.grain import pieces
-from hf_r2.sharding import LocalWeight, Routine
+from hf_r2.sharding import LocalWeight, Routine, run
 
 
 def rms(weight: LocalWeight) -> Routine[list[Tensor]]:
@@ -40,6 +41,17 @@ def extremes(weight: LocalWeight) -> Routine[list[Tensor]]:
     return [end * end.new_tensor([1, -1]) for end in ends]
 
 
+def require_finite(names: Iterable[str], values: Iterable[Tensor]) -> None:
+    """Raise a ValueError that names the weights for which a value computed from all elements is not finite."""
+    broken = [name for name, value in zip(names, values, strict=True) if not bool(value.isfinite().all())]
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise ValueError(
+            f"{', '.join(broken[:3])}{more}: NaN or infinite values. Training has diverged: go back to an earlier "
+            "checkpoint, with a lower learning rate or strength"
+        )
+
+
 class Shape(NamedTuple):
     """How the values of a whole weight are distributed; scalars, dimensionless.
 
@@ -52,13 +64,19 @@ class Shape(NamedTuple):
     kurtosis: Tensor
 
 
+def shapes(weights: Iterable[Tensor]) -> list[Shape]:
+    """Measure crest factor and kurtosis of whole weights, tensors or DTensors."""
+    with torch.no_grad():
+        return run([shape(LocalWeight(weight, "tensor")) for weight in weights])
+
+
 def shape(weight: LocalWeight) -> Routine[Shape]:
     """Measure crest factor and kurtosis of a weight cut with grain "tensor"; NaN for a weight that is not finite."""
     (ends,) = yield from extremes(weight)
     largest = ends.abs().amax(dim=1)
     (block,) = weight.blocks()
     # Divided by the largest magnitude, the fourth powers of no weight leave float32
-    unit = 1 / torch.where(largest > 0, largest, 1).double()
+    unit = 1 / torch.where(largest != 0, largest, 1).double()
     sums = torch.zeros(1, 4, dtype=torch.float64, device=block.device)
     for _, (piece,) in pieces(block):
         values = piece * unit.to(piece.dtype)
@@ -70,7 +88,7 @@ def shape(weight: LocalWeight) -> Routine[Shape]:
     variance = m2 - m1**2
     # Moments around the mean from those around zero; weights have means near zero, so little cancels
     fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
-    crest = torch.where(largest[0] > 0, (largest[0].double() * unit[0]) / m2.sqrt(), 0)
+    crest = torch.where(largest[0] != 0, (largest[0].double() * unit[0]) / m2.sqrt(), 0)
     # Equal values leave no variance but rounding
     kurtosis = torch.where(variance > 1e-12 * m2, fourth / variance.square(), 0)
     return Shape(crest.float(), torch.where(m2.isnan(), m2, kurtosis).float())

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from hf_r2.cells import PickedCells, cell_peaks, crowded, excess, pick_cells
 from hf_r2.grain import Grain, parse_grain, pieces
-from hf_r2.moments import rms
-from hf_r2.selection import output_first, scaled, select_trainable
+from hf_r2.moments import require_finite, rms
+from hf_r2.selection import current_weights, scaled, select_trainable
 from hf_r2.sharding import LocalWeight, Routine, run
 
 PROJECTIONS = ("prox", "clip")
@@ -27,8 +27,8 @@ class RangeProjection:
         projection.step()
 
     `"clip"` limits |W| to a multiple of the weight's rms; `"prox"` takes the proximal step of `t · ‖W‖_inf`, whose pull
-    does not depend on the optimizer. Only the selected weights change: no bias, norm or optimizer state does. Weights that
-    FSDP2 has cut (`DTensor`) count as the whole weights they are; every process must call `step` then.
+    does not depend on the optimizer. Only the selected weights change: no bias, norm or optimizer state does. Weights
+    that FSDP2 has cut (`DTensor`) count as the whole weights they are; every process must call `step` then.
 
     Which form for which optimizer: the loss forms suit SGD. Under Adam the gradient of a range loss, which sits on few
     elements, is divided by its own size and either swamps or starves; use a projection there.
@@ -41,7 +41,8 @@ class RangeProjection:
         include: see [`select_weights`].
         exclude: see [`select_weights`].
         min_numel: see [`select_weights`].
-        factors: factor on the strength of `step` by pattern over parameter names; the last that matches counts, 0 leaves
+        factors: factor on the strength of `step` by pattern over parameter names; the last that matches counts, 0
+        leaves
             the weight out.
 
     Raises:
@@ -80,12 +81,17 @@ class RangeProjection:
 
         Args:
             strength: for `"prox"`: t, in units of the weight, usually learning rate × strength. For `"clip"`: the share
-                of the way to the clipped weight, 1 for all of it, less while warming up; 0 changes nothing.
+                of the way to the clipped weight, 1 for all of it, less while warming up; 0 changes nothing. A number,
+                or one per selected weight, `(weights,)`.
+
+        Raises:
+            ValueError: naming weights that hold NaN or infinite values, unless they lie on an accelerator, where the
+                host would have to wait to learn it. No weight is changed then.
         """
         if not isinstance(strength, Tensor) and (strength == 0 or (self.kind == "clip" and self.clip == float("inf"))):
             return
         strengths = scaled(strength, self.factors, len(self.selection))
-        weights = [output_first(module, getattr(module, attribute)) for module, attribute in self.selection.values()]
+        weights = current_weights(self.selection)
         local = [LocalWeight(weight, self.grain) for weight in weights]
         if self.kind == "prox":
             before = self._limits or [None] * len(local)
@@ -93,6 +99,8 @@ class RangeProjection:
         else:
             routines = [_clip_limits(part, self.clip) for part in local]
         self._limits = run(routines)
+        if all(limit.is_cpu for limits in self._limits for limit in limits):
+            require_finite(self.selection, map(torch.cat, self._limits))
         for weight, part, limit, share in zip(weights, local, self._limits, strengths, strict=True):
             change = partial(_clamp, limits=limit, share=1.0 if self.kind == "prox" else share)
             part.update(weight.detach(), change)
@@ -116,8 +124,8 @@ def prox_l_inf(weight: Tensor, t: float, grain: Grain = "tensor") -> Tensor:
     """Take the proximal step of `t · ‖W‖_inf`: `argmin_X ½ ‖X − W‖² + t ‖X‖_inf` for every group.
 
     By Moreau's identity it is `W − proj(W)` onto the L1 ball of radius t, which is W clamped to ±τ, where
-    `Σ_i max(|W_i| − τ, 0) = t`: the largest magnitudes are shaved off to one level, t in total. A group whose magnitudes
-    add up to no more than t becomes 0. Source: Parikh and Boyd, Proximal Algorithms, 2014, §6.5.
+    `Σ_i max(|W_i| − τ, 0) = t`: the largest magnitudes are shaved off to one level, t in total. A group whose
+    magnitudes add up to no more than t becomes 0. Source: Parikh and Boyd, Proximal Algorithms, 2014, §6.5.
 
     Args:
         weight: `(out, in, …)`, any float dtype; computed in float32 or better.
@@ -143,9 +151,10 @@ def _clip_limits(weight: LocalWeight, multiple: float) -> Routine[list[Tensor]]:
 def _prox_limits(weight: LocalWeight, t: Tensor | float, before: list[Tensor] | None = None) -> Routine[list[Tensor]]:
     """Solve `Σ_i max(|W_i| − τ, 0) = t` for τ, `(groups,)` per block.
 
-    The sum is convex and falls with τ, and it is linear between magnitudes: Newton's method reaches the solution exactly,
-    from below, in a few steps. Any part of the elements gives a start that is not above the solution; the cells' peaks give
-    one that is close. Once many elements stand near the limit, that of the step before is closer still.
+    The sum is convex and falls with τ, and it is linear between magnitudes: Newton's method reaches the solution
+    exactly, from below, in a few steps. Any part of the elements gives a start that is not above the solution; the
+    cells' peaks give one that is close. Once many elements stand near the limit, that of the step before is closer
+    still.
     """
     t = torch.as_tensor(t, dtype=torch.float64, device=weight.tensor.device)
     warm = (

@@ -3,11 +3,13 @@
 import difflib
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from hf_r2.adapters import AdaptedLayer, is_adapted
 
 _COMPUTE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 
@@ -31,7 +33,8 @@ def select_weights(
         min_numel: smallest number of elements that is selected.
 
     Returns:
-        Ordered mapping of parameter name to `(module, "weight")`, in the order of `model.named_modules()`.
+        Ordered mapping of parameter name to `(module, "weight")`, in the order of `model.named_modules()`. For a layer
+        with PEFT adapters, the module is an [`AdaptedLayer`], whose weight is the merged one.
 
     Raises:
         ValueError: if a pattern matches no weight, or if nothing is selected.
@@ -47,7 +50,7 @@ def select_weights(
     selected = {}
     for owners in sharers:
         names = [name for name, _ in owners]
-        embeddings = [name for name, module in owners if isinstance(module, nn.Embedding)]
+        embeddings = [name for name, module in owners if isinstance(base_layer(module), nn.Embedding)]
         if include is None:
             chosen = not embeddings
         else:
@@ -78,7 +81,8 @@ def select_trainable(
         include: see there.
         exclude: see there.
         min_numel: see there.
-        factors: factor on the strength by pattern over parameter names; the last that matches counts. 0 leaves the weight
+        factors: factor on the strength by pattern over parameter names; the last that matches counts. 0 leaves the
+        weight
             out; a weight that no pattern matches has 1.
 
     Returns:
@@ -106,16 +110,26 @@ def select_trainable(
     return {name: selection[name] for name in kept}, torch.tensor([chosen[name] for name in kept]) if factors else None
 
 
-def scaled(scale: Tensor | float, factors: Tensor | None, count: int) -> Sequence[Tensor | float]:
-    """Factor × scale for each of `count` weights."""
-    if factors is None:
-        return [scale] * count
-    return ((factors.to(scale.device) if isinstance(scale, Tensor) else factors) * scale).unbind()
+def current_weights(selection: Mapping[str, tuple[nn.Module, str]]) -> list[Tensor]:
+    """List the selected weights as they are now, output channels first."""
+    return [output_first(module, getattr(module, attribute)) for module, attribute in selection.values()]
+
+
+def scaled(strength: Tensor | float, factors: Tensor | None, count: int) -> Sequence[Tensor | float]:
+    """Strength × factor for each of `count` weights; the strength may be one per weight, `(weights,)`."""
+    if factors is not None:
+        strength = strength * (factors.to(strength.device) if isinstance(strength, Tensor) else factors)
+    return list(strength.expand(count)) if isinstance(strength, Tensor) else [float(strength)] * count
 
 
 def output_first(module: nn.Module, weight: Tensor) -> Tensor:
     """Put the output channels of a weight first: transpose that of a transformers Conv1D. Its own inverse."""
-    return weight.T if isinstance(module, Conv1D) else weight
+    return weight.T if isinstance(base_layer(module), Conv1D) else weight
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """Return the layer that a module is, under any adapters."""
+    return module.base_layer if isinstance(module, AdaptedLayer) else module
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -130,6 +144,18 @@ def require_match(pattern: str, names: Sequence[str]) -> None:
         raise ValueError(f"pattern {pattern!r} matches no weight; near names: {near}")
 
 
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """List modules by name; a layer with PEFT adapters is one, and neither its base nor its adapters are."""
+    adapted = []
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if any(prefix.startswith(outer) for outer in adapted):
+            continue
+        if is_adapted(module):
+            adapted.append(f"{prefix}.")
+            module = AdaptedLayer(module, f"{prefix}.weight")
+        yield prefix, module
+
+
 def _sharers(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
     """List the weights of compute layers and embeddings, each with all (name, module) that share it.
 
@@ -139,8 +165,8 @@ def _sharers(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     modules = {
         f"{prefix}.weight" if prefix else "weight": module
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, (*_COMPUTE_LAYERS, nn.Embedding))
+        for prefix, module in _layers(model)
+        if isinstance(base_layer(module), (*_COMPUTE_LAYERS, nn.Embedding))
     }
     shared: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in modules.items():

@@ -33,9 +33,9 @@ Routine = Generator[Reduction, Tensor, Result]
 class LocalWeight:
     """The part of a weight that this process holds.
 
-    A cut along the output channels leaves the groups of `"channel"` and int grains whole; `"tensor"` groups, and channels
-    of a weight cut along its inputs, are *spread*: their statistics are those of all processes. A weight cut in any other
-    way is gathered, one at a time.
+    A cut along the output channels leaves the groups of `"channel"` and int grains whole; `"tensor"` groups, and
+    channels of a weight cut along its inputs, are *spread*: their statistics are those of all processes. A weight cut
+    in any other way is gathered, one at a time.
 
     Args:
         weight: `(out, in, …)`, a tensor or a `DTensor`, any float dtype. It is read, never written.

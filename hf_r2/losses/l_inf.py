@@ -43,8 +43,9 @@ def find_largest(weight: LocalWeight) -> Routine[tuple[list[Tensor], AddSigns]]:
     """Find the largest magnitude of each group and the elements that have it.
 
     Returns:
-        The largest magnitudes, `(groups,)` per block; and a function that adds scale × `sign(W)` on the largest elements
-        of each group, shared between ties, to blocks in place, with one scale per block: a number, or one per group.
+        The largest magnitudes, `(groups,)` per block; and a function that adds scale × `sign(W)` on the largest
+        elements of each group, shared between ties, to blocks in place, with one scale per block: a number, or one per
+        group.
     """
     peaks = [cell_peaks(block) for block in weight.blocks()]
     tops = yield from weight.maximum([peak.amax(dim=1) for peak in peaks])

@@ -1,10 +1,12 @@
 """A range loss over the selected weights of a model."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_r2.grain import Grain, group_counts, parse_grain
 from hf_r2.losses.kurtosis import UNIFORM_KURTOSIS, kurtosis_measure
@@ -13,8 +15,8 @@ from hf_r2.losses.margin import margin_measure
 from hf_r2.losses.soft_min_max import first_temperature, soft_min_max_measure
 from hf_r2.losses.tail_mean import tail_mean_measure
 from hf_r2.losses.term import Measure, Measured, add_up, measure_all, range_term
-from hf_r2.moments import extremes
-from hf_r2.selection import output_first, scaled, select_trainable
+from hf_r2.moments import extremes, require_finite
+from hf_r2.selection import current_weights, output_first, scaled, select_trainable
 from hf_r2.sharding import LocalWeight, Routine, run
 
 RANGE_LOSSES = ("l_inf", "margin", "soft_min_max", "tail", "kurtosis")
@@ -28,12 +30,12 @@ class RangeLoss(nn.Module):
         range_loss = RangeLoss(model, kind="l_inf")
         (task_loss + 0.1 * range_loss()).backward()
 
-    or in place, which builds no gradient of its own and costs a read of the weights for the losses whose gradient sits on
-    few elements; this is what the Trainer does:
+    or in place, which builds no gradient of its own and costs a read of the weights for the losses whose gradient sits
+    on few elements; this is what the Trainer does:
 
-        range_loss.measure()
+        range_loss.measure(0.1)
         task_loss.backward()
-        range_loss.accumulate_grad_(0.1)
+        range_loss.accumulate_grad_()
 
     Weights that FSDP2 has cut (`DTensor`) count as the whole weights they are; every process must call it then.
 
@@ -52,7 +54,8 @@ class RangeLoss(nn.Module):
         factors: factor on a weight's loss by pattern over parameter names; the last that matches counts; 0 leaves the
             weight out.
         margin_reduction: `"max"` or `"sum"`, for `"margin"`; the margins start at each group's `max|W|`.
-        temperature: first value for `"soft_min_max"`, relative to 1/rms of the weight; without it, the one at which each
+        temperature: first value for `"soft_min_max"`, relative to 1/rms of the weight; without it, the one at which
+        each
             group's loss sees 90 % of its range.
         tail_fraction: share of the elements in the tail, for `"tail"`.
         kurtosis_target: kurtosis to hold, for `"kurtosis"`.
@@ -88,15 +91,9 @@ class RangeLoss(nn.Module):
         self.kurtosis_target = kurtosis_target
         self.compiled = False
         self.learnable = nn.ParameterDict(self._first_values(temperature))
+        self._strengths: Sequence[Tensor | float] = []
         self._local: list[LocalWeight] = []
         self._measured: list[Measured] = []
-
-    def weights(self) -> list[tuple[str, Tensor]]:
-        """List the selected weights as (name, tensor with output channels first), as they are now."""
-        return [
-            (name, output_first(module, getattr(module, attribute)))
-            for name, (module, attribute) in self.selection.items()
-        ]
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Fuse the passes of `"soft_min_max"` with `torch.compile`; the other losses have nothing to fuse."""
@@ -104,32 +101,63 @@ class RangeLoss(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the sum over the selected weights: a float32 scalar on the first weight's device, differentiable."""
-        weights = [weight for _, weight in self.weights()]
+        weights = current_weights(self.selection)
         return range_term(self._routine(), self.grain, weights, self._learned(), self.factors).float()
 
     @torch.no_grad()
-    def measure(self) -> Tensor:
-        """Return what [`forward`] does, without a graph, and remember it for [`accumulate_grad_`]."""
-        self._local = [LocalWeight(weight, self.grain) for _, weight in self.weights()]
+    def measure(self, strength: Tensor | float = 1.0) -> Tensor:
+        """Return strength × what [`forward`] does, without a graph, and remember it for [`accumulate_grad_`].
+
+        Args:
+            strength: λ, or one per selected weight, `(weights,)`.
+
+        Raises:
+            ValueError: naming weights that hold NaN or infinite values, unless they lie on an accelerator, where the
+                host would have to wait to learn it.
+        """
+        self._strengths = scaled(strength, self.factors, len(self.selection))
+        self._local = [LocalWeight(weight, self.grain) for weight in current_weights(self.selection)]
         self._measured = measure_all(self._routine(), self._local, self._learned())
-        return add_up(self._measured, self.factors).float()
+        value = add_up(self._measured, self._strengths).float()
+        if value.is_cpu and not value.isfinite():
+            require_finite(self.selection, [measured.value for measured in self._measured])
+        return value
 
     @torch.no_grad()
-    def accumulate_grad_(self, scale: Tensor | float = 1.0) -> None:
-        """Add scale × the gradient of the loss last measured to `.grad` of the weights and the learnable values.
+    def accumulate_grad_(self, grad_scale: Tensor | float = 1.0) -> None:
+        """Add the gradient of the value last measured to `.grad` of the weights and of the learnable values.
 
         Call it after backward, once the gradients are those of all micro-batches and processes, and before they are
         clipped. The weights must be as they were when measured.
 
         Args:
-            scale: strength; under a gradient scaler, strength × its scale.
+            grad_scale: what the gradients of the weights are multiplied by, under a gradient scaler.
         """
-        scales = scaled(scale, self.factors, len(self._local))
-        for name, local, measured, factor in zip(self.selection, self._local, self._measured, scales, strict=True):
-            _add_gradient(*self.selection[name], local, measured, factor)
+        for name, local, measured, strength in zip(
+            self.selection, self._local, self._measured, self._strengths, strict=True
+        ):
+            _add_gradient(*self.selection[name], local, measured, strength * grad_scale)
             if measured.learned is not None:
-                _add(self.learnable[_key(name)], measured.learned * factor)
+                _add(self.learnable[_key(name)], measured.learned * strength)
         self._local, self._measured = [], []
+
+    @torch.no_grad()
+    def gradient_ratios(self) -> Tensor:
+        """Norm of what is in `.grad` over that of the loss last measured, at strength 1: `(weights,)`.
+
+        Raises:
+            ValueError: for weights that are computed from others: they have no gradient of their own.
+        """
+        ratios = []
+        for name, local, measured in zip(self.selection, self._local, self._measured, strict=True):
+            module, attribute = self.selection[name]
+            weight = getattr(module, attribute)
+            if not isinstance(weight, nn.Parameter):
+                raise ValueError(f"{name} is computed from other parameters: give a strength or a target crest factor")
+            own = torch.zeros_like(weight)
+            local.update(output_first(module, own), partial(measured.add_gradient, scale=1.0))
+            ratios.append(_norm(weight.grad) / _norm(own).clamp_min(torch.finfo(own.dtype).tiny))
+        return torch.stack([ratio.to(ratios[0].device) for ratio in ratios])
 
     def _routine(self) -> Measure:
         match self.kind:
@@ -151,7 +179,7 @@ class RangeLoss(nn.Module):
         """First learnable values: the range as it is, or the temperature."""
         if self.kind not in ("margin", "soft_min_max"):
             return {}
-        weights = [LocalWeight(weight, self.grain) for _, weight in self.weights()]
+        weights = [LocalWeight(weight, self.grain) for weight in current_weights(self.selection)]
         if self.kind == "margin":
             values = run([_range(weight) for weight in weights])
         elif temperature is None:
@@ -195,6 +223,13 @@ def _add_gradient(
     ):
         if part is not None:
             _add(parameter, part)
+
+
+def _norm(gradient: Tensor | None) -> Tensor:
+    if gradient is None:
+        return torch.zeros(())
+    norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _add(parameter: nn.Parameter, gradient: Tensor) -> None:

@@ -13,7 +13,8 @@ from hf_r2.moments import extremes, rms
 from hf_r2.sharding import LocalWeight, Routine
 
 LOWEST_START, HIGHEST_START = 1.0, 100.0
-"""Between these a first temperature is sought. At 100 only groups whose largest elements nearly tie see less than all."""
+"""Between these a first temperature is sought. At 100 only groups whose largest elements nearly tie see less than
+all."""
 
 
 def soft_min_max(weight: Tensor, temperature: Tensor | float, grain: Grain = "tensor") -> Tensor:

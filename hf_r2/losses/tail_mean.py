@@ -10,7 +10,6 @@ from hf_r2.grain import Grain
 from hf_r2.losses.term import Measure, Measured, range_term
 from hf_r2.sharding import LocalWeight, Routine
 
-
 SAMPLED = 1 << 14
 """Elements that estimate the level of a tail."""
 
@@ -66,7 +65,7 @@ def _measure(fraction: float, weight: LocalWeight) -> Routine[Measured]:
 
 
 def _largest(block: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Values `(groups, count)` and positions of the largest magnitudes held here; values of −1 where there are fewer."""
+    """Values `(groups, count)` and positions of the largest magnitudes held here; values of −1 for what is missing."""
     if block.is_cpu and len(block) == 1 and block.shape[1] > SAMPLED and 4 * count < block.shape[1]:
         # A selection over all elements takes ten passes' time. A sample tells a level that about twice as many exceed
         sample = block[0, :: block.shape[1] // SAMPLED].abs()

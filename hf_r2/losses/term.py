@@ -1,8 +1,8 @@
 """A range loss measured on weights, and its gradient written where it is wanted.
 
 Plain autograd would build several tensors of the weight's size for gradients that sit on few elements. So every loss is
-a routine (see `hf_r2.sharding`) that measures one weight and returns a [`Measured`]: the value, and a function that adds
-the weight's gradient to blocks given to it, such as those of `parameter.grad`.
+a routine (see `hf_r2.sharding`) that measures one weight and returns a [`Measured`]: the value, and a function that
+adds the weight's gradient to blocks given to it, such as those of `parameter.grad`.
 """
 
 from collections.abc import Callable, Sequence
@@ -65,10 +65,12 @@ def measure_all(measure: Measure, weights: Sequence[LocalWeight], learned: Seque
         return run([measure(*argument) for argument in arguments])
 
 
-def add_up(measured: Sequence[Measured], factors: Tensor | None) -> Tensor:
-    """Sum of factor × value, on the device of the first."""
-    values = torch.stack([one.value.to(measured[0].value.device) for one in measured])
-    return values.sum() if factors is None else (values * factors.to(values)).sum()
+def add_up(measured: Sequence[Measured], strengths: Sequence[Tensor | float]) -> Tensor:
+    """Sum of strength × value, on the device of the first."""
+    values = [one.value.to(measured[0].value.device) for one in measured]
+    if all(isinstance(strength, float) for strength in strengths) and len(set(strengths)) == 1:
+        return torch.stack(values).sum() * strengths[0]
+    return sum(value * strength for value, strength in zip(values, strengths, strict=True))
 
 
 class _RangeTerm(torch.autograd.Function):
@@ -82,7 +84,7 @@ class _RangeTerm(torch.autograd.Function):
         ctx.measured = measure_all(measure, ctx.local, [values.detach() for values in learned])
         # Saved, so that autograd notices if a weight is changed in place before backward
         ctx.save_for_backward(*weights)
-        return add_up(ctx.measured, factors)
+        return add_up(ctx.measured, scaled(1.0, factors, count))
 
     @staticmethod
     @once_differentiable

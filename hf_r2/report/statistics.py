@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_r2.codecs import CodecSettings, decode, encode, sqnr
+from hf_r2.moments import shapes
 from hf_r2.selection import output_first, select_weights
 
 SQNR_BITS = (2, 3, 4, 8)
@@ -56,15 +57,6 @@ def weight_statistics(
 
 
 @torch.no_grad()
-def crest_factor(weight: Tensor) -> Tensor:
-    """max|W| / rms(W) of a whole weight as a float32 scalar tensor; 0 for a weight of zeros."""
-    # Divided by the largest magnitude first, the squares of no weight leave float32
-    largest = weight.abs().amax().float().clamp_min(torch.finfo(torch.float32).tiny)
-    shares = weight.float() / largest
-    return shares.abs().amax() / shares.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-
-
-@torch.no_grad()
 def moments(weight: Tensor) -> dict[str, float]:
     """Return min, max, rms, crest factor and kurtosis of a weight; see [`WeightStatistics`]."""
     values = weight.double()
@@ -74,7 +66,7 @@ def moments(weight: Tensor) -> dict[str, float]:
         "min": weight.min().item(),
         "max": weight.max().item(),
         "rms": values.square().mean().sqrt().item(),
-        "crest_factor": crest_factor(weight).item(),
+        "crest_factor": shapes([weight])[0].crest_factor.item(),
         "kurtosis": (centred.square().square().mean() / variance.square()).item() if variance > 0 else 0.0,
     }
 

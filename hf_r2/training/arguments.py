@@ -1,5 +1,6 @@
 """Training arguments of range regularization."""
 
+import json
 import math
 from dataclasses import dataclass, field
 
@@ -31,11 +32,27 @@ class R2TrainingArguments(TrainingArguments):
         },
     )
     r2_loss: str = field(default="l_inf", metadata={"help": f"Range loss: one of {', '.join(RANGE_LOSSES)}."})
-    r2_strength: float = field(
+    # A number or "auto"; argument parsers know no such union, so text is turned into the number
+    r2_strength: str = field(
         default=0.01,
         metadata={
             "help": "Strength λ ≥ 0. The default is the R2 paper's, for long runs; λ scales as 1 / (learning rate × "
-            "steps), so runs of some hundred steps need about 0.1. 0 restricts nothing."
+            "steps), so runs of some hundred steps need about 0.1. 0 restricts nothing. 'auto' chooses λ for each "
+            "weight so that it holds r2_target_crest or r2_target_gradient_ratio."
+        },
+    )
+    r2_target_crest: float | None = field(
+        default=None, metadata={"help": "Crest factor max|W|/rms(W) that 'auto' holds; 2, say."}
+    )
+    r2_target_gradient_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Norm of the R2 gradient over the task gradient's that 'auto' holds; 0.1, say. For 'loss'."},
+    )
+    r2_strength_factors: dict[str, float] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Factor on the strength by pattern over parameter names, the last that matches counts; JSON on the "
+            "command line."
         },
     )
     r2_clip: float = field(
@@ -60,9 +77,12 @@ class R2TrainingArguments(TrainingArguments):
     r2_exclude: list[str] | None = field(default=None, metadata={"help": "Patterns over parameter names to leave out."})
     r2_min_numel: int = field(default=0, metadata={"help": "Smallest number of elements that is regularized."})
     r2_tail_fraction: float = field(default=0.01, metadata={"help": "Share of the elements in the tail, for 'tail'."})
-    r2_temperature: float = field(
-        default=5.0,
-        metadata={"help": "First temperature relative to 1/rms of the weight, for 'soft_min_max'."},
+    r2_temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "First temperature relative to 1/rms of the weight, for 'soft_min_max'; without it, the one at "
+            "which the loss sees 90 % of each range."
+        },
     )
     r2_margin_reduction: str = field(
         default="max", metadata={"help": "'max' or 'sum' over the elements, for 'margin'."}
@@ -80,12 +100,23 @@ class R2TrainingArguments(TrainingArguments):
         }.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
+        if isinstance(self.r2_strength, str) and self.r2_strength != "auto":
+            try:
+                self.r2_strength = float(self.r2_strength)
+            except ValueError:
+                raise ValueError(f"r2_strength={self.r2_strength!r} is neither a number ≥ 0 nor 'auto'") from None
+        if isinstance(self.r2_strength_factors, str):
+            self.r2_strength_factors = json.loads(self.r2_strength_factors)
         numbers = ("r2_strength", "r2_learning_rate", "r2_min_numel", "r2_temperature", "r2_clip", "r2_tail_fraction")
-        for name in (*numbers, "r2_warmup_ratio", "r2_start_ratio", "r2_end_ratio"):
+        targets = ("r2_target_crest", "r2_target_gradient_ratio")
+        for name in (*numbers, *targets, "r2_warmup_ratio", "r2_start_ratio", "r2_end_ratio"):
             value = getattr(self, name)
             unlimited = name == "r2_clip" and value == math.inf
+            if (value is None and name in (*targets, "r2_temperature")) or value == "auto":
+                continue
             if not isinstance(value, int | float) or not (math.isfinite(value) or unlimited) or value < 0:
                 raise ValueError(f"{name}={value!r} is not a number ≥ 0")
+        self._check_auto()
         if not self.r2_clip > 1:
             raise ValueError(f"r2_clip={self.r2_clip} is not above 1, the rms itself")
         if not 0 <= self.r2_start_ratio < self.r2_end_ratio <= 1:
@@ -100,6 +131,22 @@ class R2TrainingArguments(TrainingArguments):
             parse_grain(self.r2_grain)
         except ValueError as error:
             raise ValueError(f"r2_grain: {error}") from error
+
+    def _check_auto(self) -> None:
+        targets = [self.r2_target_crest, self.r2_target_gradient_ratio]
+        stated = [target for target in targets if target is not None]
+        if self.r2_strength != "auto":
+            if stated:
+                raise ValueError("a target is held by r2_strength='auto' only, and r2_strength is a number")
+            return
+        if len(stated) != 1:
+            raise ValueError("r2_strength='auto' needs one target: r2_target_crest or r2_target_gradient_ratio")
+        if self.r2_mode not in ("loss", "prox"):
+            raise ValueError(f"r2_mode={self.r2_mode!r} has no strength to choose: 'clip' holds a crest factor itself")
+        if self.r2_target_crest is not None and not self.r2_target_crest > 1:
+            raise ValueError(f"r2_target_crest={self.r2_target_crest} is not above 1, the lowest there is")
+        if self.r2_target_gradient_ratio is not None and self.r2_mode != "loss":
+            raise ValueError(f"r2_mode={self.r2_mode!r} has no gradient: give r2_target_crest")
 
     def r2_share(self, progress: float) -> float:
         """Return the share of the strength, 0–1, at this progress of the training, 0–1."""

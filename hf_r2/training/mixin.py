@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -12,23 +13,32 @@ from transformers.utils import logging
 
 from hf_r2.grain import parse_grain
 from hf_r2.losses import RangeLoss
+from hf_r2.moments import require_finite, shapes
 from hf_r2.projection import RangeProjection
-from hf_r2.report.statistics import crest_factor
+from hf_r2.selection import current_weights
 from hf_r2.training.arguments import R2TrainingArguments
+from hf_r2.training.backends import differentiable_loss, require_supported
+from hf_r2.training.strength import CrestTarget, GradientRatioTarget
 
 R2_STATE_NAME = "r2_state.safetensors"
 
 logger = logging.get_logger(__name__)
 
 
-class _ProjectAfterStep(TrainerCallback):
-    """Calls the trainer's projection between the optimizer step and the next forward."""
+class _R2Callback(TrainerCallback):
+    """Calls the trainer where Trainer has no method to override."""
 
     def __init__(self, trainer: "R2Mixin") -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.start_restriction()
+
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.project()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.final_weights = self.trainer.weight_summary()
 
 
 class R2Mixin:
@@ -38,14 +48,16 @@ class R2Mixin:
     optimizer step (see [`RangeProjection`]), `"prox"` by `learning rate × strength`.
 
     The loss term enters exactly once per optimizer step, whatever the gradient accumulation, the number of processes
-    and the way the model averages its loss. Evaluation losses stay the task's. Learnable margins and temperatures have
-    an optimizer of their own, the only arrangement that runs alone, under DDP and under FSDP2.
+    and the way the model averages its loss: its value is part of the loss that is returned and logged, and its gradient
+    is added to the finished gradient of the task, before clipping. Evaluation losses stay the task's. Learnable margins
+    and temperatures have an optimizer of their own, the only arrangement that runs alone, under DDP and under FSDP2.
 
     The trainer's arguments must have the `r2_*` fields of [`R2TrainingArguments`].
     """
 
     range_loss: RangeLoss | None = None
     range_projection: RangeProjection | None = None
+    final_weights: dict[str, dict[str, float]] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -55,7 +67,7 @@ class R2Mixin:
                 "args=R2TrainingArguments(output_dir), or a subclass of both"
             )
         self._regularize(self.model)
-        self.add_callback(_ProjectAfterStep(self))
+        self.add_callback(_R2Callback(self))
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Train from fresh R2 state: `model_init` and a hyper-parameter trial may have changed model and arguments."""
@@ -64,34 +76,53 @@ class R2Mixin:
 
     def _regularize(self, model: nn.Module) -> None:
         self._probed = False
+        self._r2_value: Tensor | None = None
         self._r2_total: Tensor | float = 0.0
         self._r2_steps = 0
-        self.range_loss = self.range_optimizer = self.range_projection = None
+        self.range_loss = self.range_optimizer = self.range_projection = self.strength_target = None
         if self.args.r2_mode == "none" or self.args.r2_strength == 0:
             return
-        selection = {
+        require_supported(self)
+        options = {
             "grain": parse_grain(self.args.r2_grain),
             "include": self.args.r2_include,
             "exclude": self.args.r2_exclude,
             "min_numel": self.args.r2_min_numel,
+            "factors": self.args.r2_strength_factors,
         }
-        if self.args.r2_mode != "loss":
-            self.range_projection = RangeProjection(model, self.args.r2_mode, clip=self.args.r2_clip, **selection)
-            return
+        if self.args.r2_mode == "loss":
+            self._add_range_loss(model, options)
+        else:
+            self.range_projection = RangeProjection(model, self.args.r2_mode, clip=self.args.r2_clip, **options)
+        restriction = self.range_loss or self.range_projection
+        if self.args.r2_target_crest is not None:
+            self.strength_target = CrestTarget(restriction, self.args.r2_target_crest)
+        elif self.args.r2_target_gradient_ratio is not None:
+            self.strength_target = GradientRatioTarget(restriction, self.args.r2_target_gradient_ratio)
+
+    def _add_range_loss(self, model: nn.Module, options: dict[str, Any]) -> None:
         self.range_loss = RangeLoss(
             model,
             kind=self.args.r2_loss,
-            **selection,
+            **options,
             margin_reduction=self.args.r2_margin_reduction,
             temperature=self.args.r2_temperature,
             tail_fraction=self.args.r2_tail_fraction,
         )
+        if self.args.torch_compile:
+            self.range_loss.compile()
         if len(self.range_loss.learnable):
             # Without momentum it has no state to save. Adam would be wrong here: it normalises the tiny gradient of a
             # temperature, which then walks down by the learning rate at every step.
             self.range_optimizer = torch.optim.SGD(
                 self.range_loss.parameters(), lr=self.args.r2_learning_rate, weight_decay=0.0
             )
+
+    def start_restriction(self) -> None:
+        """Make sure that every process starts from the same learnable values: those of the first."""
+        if self.range_loss is not None and self.args.world_size > 1:
+            for parameter in self.range_loss.parameters():
+                parameter.data = broadcast(parameter.data.to(self.args.device)).to(parameter.device)
 
     # --- how often things count -------------------------------------------------------------------------------------
 
@@ -153,12 +184,23 @@ class R2Mixin:
         if self.range_loss is None or not model.training:
             return result
         loss, outputs = result if return_outputs else (result, None)
-        term = self.args.r2_strength * self._r2_share() * self.range_loss()
-        share = term / getattr(self, "current_gradient_accumulation_steps", 1)
-        self._r2_total = self._r2_total + share.detach()
-        # A loss that is a mean over the micro-batch is divided by the accumulation steps later, and the term with it
-        loss = loss + (share if self._loss_is_scaled(num_items_in_batch) else term)
+        if differentiable_loss(self):
+            value = self._strength() * self.range_loss()
+            self._r2_value = value.detach()
+        else:
+            if self._r2_value is None:
+                self._r2_value = self.range_loss.measure(self._strength())
+            value = self._r2_value
+        # A loss that is a mean over the micro-batch is divided by the accumulation steps later, and the value with it
+        if self._loss_is_scaled(num_items_in_batch):
+            value = value / getattr(self, "current_gradient_accumulation_steps", 1)
+        loss = loss + value.to(loss.device)
         return (loss, outputs) if return_outputs else loss
+
+    def _strength(self) -> Tensor | float:
+        """Strength of this optimizer step, without a projection's learning rate: a number, or one per weight."""
+        chosen = self.args.r2_strength if self.strength_target is None else self.strength_target.strengths
+        return chosen * self._r2_share()
 
     def _r2_share(self) -> float:
         return self.args.r2_share(self.state.global_step / max(self.state.max_steps, 1))
@@ -167,10 +209,12 @@ class R2Mixin:
         """Pull the weights back after an optimizer step; a step that mixed precision skipped is none."""
         if self.range_projection is None or self.accelerator.optimizer_step_was_skipped:
             return
-        share = self._r2_share()
-        if self.args.r2_mode == "prox":
-            share *= self.args.r2_strength * self.optimizer.param_groups[0]["lr"]
-        self.range_projection.step(share)
+        if self.args.r2_mode == "clip":
+            self.range_projection.step(self._r2_share())
+            return
+        self.range_projection.step(self.optimizer.param_groups[0]["lr"] * self._strength())
+        if self.strength_target is not None:
+            self.strength_target.update()
 
     def _loss_is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Tell, as `Trainer.training_step` does, whether the loss is already averaged over the accumulation steps."""
@@ -181,50 +225,90 @@ class R2Mixin:
         return by_model or self.compute_loss_func is not None
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Take a micro-batch's step; with the last of an optimizer step, update the learnable R2 parameters."""
+        """Take a micro-batch's step; with the last of an optimizer step, add the R2 term's gradient."""
         loss = super().training_step(*args, **kwargs)
-        if self.range_loss is not None and self.accelerator.sync_gradients:
+        if self._r2_value is not None and self.accelerator.sync_gradients:
+            self._r2_total = self._r2_total + self._r2_value
             self._r2_steps += 1
+            self._r2_value = None
+            if not differentiable_loss(self):
+                if isinstance(self.strength_target, GradientRatioTarget):
+                    self.strength_target.update()
+                scaler = self.accelerator.scaler
+                self.range_loss.accumulate_grad_(1.0 if scaler is None else scaler.scale(torch.ones_like(loss)))
+            if isinstance(self.strength_target, CrestTarget):
+                self.strength_target.update()
             if self.range_optimizer is not None:
-                if self.accelerator.scaler is not None:
-                    self.accelerator.scaler.step(self.range_optimizer)
-                else:
-                    self.range_optimizer.step()
+                self.range_optimizer.step()
                 self.range_optimizer.zero_grad()
         return loss
 
     # --- what is shown and kept -------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; beside the training loss also the task's part, the R2 term and the mean crest factor."""
-        if self.range_loss is not None and "loss" in logs and self._r2_steps:
-            logs["r2_loss"] = float(self._r2_total) / self._r2_steps
-            logs["task_loss"] = logs["loss"] - logs["r2_loss"]
-            self._r2_total, self._r2_steps = 0.0, 0
-        restriction = self.range_loss or self.range_projection
-        if restriction is not None and "loss" in logs:
-            weights = [getattr(module, attribute) for module, attribute in restriction.selection.values()]
-            crests = [crest_factor(weight) for weight in weights]
-            logs["crest_factor"] = float(torch.stack([crest.to(crests[0].device) for crest in crests]).mean())
+        """Log; beside the training loss also the task's part, the R2 term and how the weights are distributed."""
+        if "loss" in logs:
+            if self._r2_steps:
+                logs["r2_loss"] = float(self._r2_total) / self._r2_steps
+                logs["task_loss"] = logs["loss"] - logs["r2_loss"]
+                self._r2_total, self._r2_steps = 0.0, 0
+            if self.strength_target is not None:
+                logs["r2_strength"] = float(self.strength_target.strengths.mean())
+            for statistic, values in self.weight_summary().items():
+                logs[statistic] = sum(values.values()) / len(values)
+                logs[f"{statistic}_max"] = max(values.values())
         super().log(logs, start_time)
+
+    def weight_summary(self) -> dict[str, dict[str, float]]:
+        """Crest factor and kurtosis of every restricted weight, by statistic and parameter name; nothing without R2.
+
+        Every process must call it when FSDP2 has cut the weights.
+
+        Raises:
+            ValueError: naming weights that hold NaN or infinite values.
+        """
+        restriction = self.range_loss or self.range_projection
+        if restriction is None:
+            return {}
+        found = shapes(current_weights(restriction.selection))
+        require_finite(restriction.selection, [shape.crest_factor for shape in found])
+        return {
+            statistic: {
+                name: getattr(shape, statistic).item() for name, shape in zip(restriction.selection, found, strict=True)
+            }
+            for statistic in ("crest_factor", "kurtosis")
+        }
+
+    def _r2_state(self) -> dict[str, Tensor]:
+        """Collect what has to be saved beside the optimizer: learnable values, and the state of chosen strengths."""
+        state = dict(self.range_loss.state_dict()) if self.range_optimizer is not None else {}
+        if self.strength_target is not None:
+            state |= {"strength_target.state": self.strength_target.state}
+            state |= {"strength_target.strengths": self.strength_target.strengths}
+        return state
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.range_optimizer is not None and self.args.should_save:
-            save_file(self.range_loss.state_dict(), Path(output_dir) / R2_STATE_NAME)
+        state = self._r2_state()
+        if state and self.args.should_save:
+            save_file({name: tensor.clone() for name, tensor in state.items()}, Path(output_dir) / R2_STATE_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.range_optimizer is None:
+        expected = self._r2_state()
+        if checkpoint is None or not expected:
             return
         path = os.path.join(checkpoint, R2_STATE_NAME)
         state = load_file(path, device=str(self.args.device)) if os.path.isfile(path) else {}
-        expected = self.range_loss.state_dict()
         if {name: tensor.shape for name, tensor in state.items()} != {
             name: tensor.shape for name, tensor in expected.items()
         }:
             raise ValueError(
-                f"{checkpoint} does not hold the learnable values of r2_loss={self.args.r2_loss!r} with these "
-                "settings: resume with the r2_* arguments that it was trained with, or start without resuming"
+                f"{checkpoint} does not hold the R2 state of r2_loss={self.args.r2_loss!r} with these settings: resume "
+                "with the r2_* arguments that it was trained with, or start without resuming"
             )
-        self.range_loss.load_state_dict(state)
+        if self.strength_target is not None:
+            self.strength_target.state = state.pop("strength_target.state")
+            self.strength_target.strengths = state.pop("strength_target.strengths")
+        if state:
+            self.range_loss.load_state_dict(state)

@@ -43,4 +43,5 @@ class R2Trainer(R2Mixin, Trainer):
             "steps": self.state.global_step,
             "seconds": self._seconds,
             "log_history": self.state.log_history,
+            "weights": self.final_weights or None,
         }

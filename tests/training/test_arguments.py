@@ -11,6 +11,9 @@ VALUES = {
     "r2_mode": "none",
     "r2_loss": "tail",
     "r2_strength": 0.25,
+    "r2_target_crest": None,
+    "r2_target_gradient_ratio": None,
+    "r2_strength_factors": {"bert.*": 0.5},
     "r2_clip": 2.5,
     "r2_warmup_ratio": 0.2,
     "r2_start_ratio": 0.1,
@@ -30,7 +33,10 @@ def command_line(values):
     """The words in which a shell would give these values."""
     words = []
     for name, value in values.items():
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return words
 
 
@@ -70,6 +76,29 @@ def test_example_values_cover_every_r2_field():
 def test_bad_value_names_its_field(tmp_path, name, value):
     with pytest.raises(ValueError, match=name):
         arguments(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("target", ["r2_target_crest", "r2_target_gradient_ratio"])
+def test_auto_strength_comes_with_its_target(tmp_path, target):
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "--r2_strength", "auto", f"--{target}", "1.5"]
+    (args,) = HfArgumentParser(R2TrainingArguments).parse_args_into_dataclasses(words)
+    assert (args.r2_strength, getattr(args, target)) == ("auto", 1.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"r2_strength": "auto"}, "needs one target"),
+        ({"r2_strength": "auto", "r2_target_crest": 2, "r2_target_gradient_ratio": 0.1}, "needs one target"),
+        ({"r2_strength": 0.1, "r2_target_crest": 2}, "r2_strength is a number"),
+        ({"r2_strength": "auto", "r2_target_crest": 0.9}, "not above 1"),
+        ({"r2_strength": "auto", "r2_target_crest": 2, "r2_mode": "clip"}, "no strength to choose"),
+        ({"r2_strength": "auto", "r2_target_gradient_ratio": 0.1, "r2_mode": "prox"}, "give r2_target_crest"),
+    ],
+)
+def test_auto_strength_without_a_sound_target_is_refused(tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **values)
 
 
 @pytest.mark.parametrize("loss", RANGE_LOSSES)

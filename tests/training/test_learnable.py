@@ -47,7 +47,7 @@ def test_margins_take_sgd_steps_with_their_own_learning_rate(train, accumulation
 @pytest.mark.parametrize("loss", LEARNABLE)
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
 def test_weight_decay_does_not_reach_learnable_values(train, loss, optim):
-    options = {"r2_loss": loss, "r2_strength": 0.5, "optim": optim, "weight_decay": 5.0}
+    options = {"r2_loss": loss, "r2_strength": 0.5, "r2_temperature": 5.0, "optim": optim, "weight_decay": 5.0}
     still = train(make_bert(), make_data("bert", 16), R2ZeroTaskTrainer, r2_learning_rate=0.0, **options)
     for name, value in still.range_loss.learnable.items():
         start = 5.0 if loss == "soft_min_max" else make_bert().state_dict()[name.replace("/", ".")].abs().max().item()

@@ -92,7 +92,7 @@ def test_checkpoint_without_r2_state_is_refused(train, make_trainer, loss):
     data = make_data("bert", 32)
     stopped = train(make_bert(), data, trainer_kwargs={"callbacks": [StopAfter(3)]}, **settings("l_inf"))
     resumed = make_trainer(make_bert(), data, **settings(loss))
-    with pytest.raises(ValueError, match=rf"checkpoint-3 does not hold the learnable values of r2_loss='{loss}'"):
+    with pytest.raises(ValueError, match=rf"checkpoint-3 does not hold the R2 state of r2_loss='{loss}'"):
         resumed.train(resume_from_checkpoint=f"{stopped.args.output_dir}/checkpoint-3")
 
 

@@ -1,0 +1,48 @@
+"""Weights of layers that PEFT has put adapters on."""
+
+from torch import Tensor, nn
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Tell whether PEFT has put an adapter on a layer: a base layer with a weight, inside a layer of PEFT's."""
+    return hasattr(module, "get_base_layer") and hasattr(module, "active_adapters")
+
+
+class AdaptedLayer(nn.Module):
+    """A layer as it will be once its adapters are merged into it: what is compressed and served.
+
+    Its weight is computed, base + Σ delta of the active adapters, differentiably in the adapters' parameters. The base
+    is frozen, and restricting it alone would restrict nothing that trains.
+
+    Args:
+        layer: PEFT's layer.
+        name: of the weight, for errors.
+
+    Raises:
+        ValueError: when the weight is read, for an adapter whose merged weight is not base + delta (DoRA, IA³ …).
+    """
+
+    def __init__(self, layer: nn.Module, name: str) -> None:
+        super().__init__()
+        self.layer = layer
+        self.name = name
+
+    @property
+    def base_layer(self) -> nn.Module:
+        """The layer that PEFT found."""
+        return self.layer.get_base_layer()
+
+    @property
+    def weight(self) -> Tensor:
+        """The merged weight, shape and layout of the base layer's."""
+        if not hasattr(self.layer, "get_delta_weight") or getattr(self.layer, "lora_variant", None):
+            raise ValueError(
+                f"the adapter on {self.name} is not one that adds to its weight (LoRA does): exclude the weight, or "
+                "merge the adapter and train all weights"
+            )
+        merged = self.base_layer.weight
+        adapters = [] if self.layer.merged or self.layer.disable_adapters else self.layer.active_adapters
+        for adapter in adapters:
+            if adapter in self.layer.scaling:
+                merged = merged + self.layer.get_delta_weight(adapter).to(merged.dtype)
+        return merged

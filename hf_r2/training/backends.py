@@ -1,0 +1,43 @@
+"""What the training back ends allow: checks made before training, with what to use instead."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hf_r2.training.mixin import R2Mixin
+
+_STEPS_IN_BACKWARD = ("lomo", "layerwise")
+_FSDP2 = "use FSDP2 (recipes/accelerate_configs/fsdp2.yaml)"
+
+
+def require_supported(trainer: "R2Mixin") -> None:
+    """Check that range restriction works with the trainer's back end and optimizer.
+
+    Raises:
+        ValueError: for DeepSpeed ZeRO-3 and FSDP1, whose weights no process can read between steps; for projections
+        under
+            DeepSpeed, whose optimizer keeps its own copy of the weights; and for range losses with optimizers that step
+            inside the backward pass.
+    """
+    mode, optimizer = trainer.args.r2_mode, str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    deepspeed = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if deepspeed is not None and deepspeed.zero_stage == 3:
+        raise ValueError(
+            f"DeepSpeed ZeRO-3 leaves no weights to restrict outside the forward pass: {_FSDP2}, or ZeRO-2"
+        )
+    if deepspeed is not None and mode != "loss":
+        raise ValueError(
+            f"DeepSpeed would overwrite weights projected by r2_mode={mode!r}: use r2_mode='loss', or {_FSDP2}"
+        )
+    fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1:
+        raise ValueError(f"FSDP version 1 flattens weights, so their ranges cannot be restricted: {_FSDP2}")
+    if mode == "loss" and any(kind in optimizer for kind in _STEPS_IN_BACKWARD):
+        raise ValueError(
+            f"optim={optimizer!r} updates weights inside the backward pass, before the R2 gradient is there: use "
+            "another optimizer, or r2_mode='clip'"
+        )
+
+
+def differentiable_loss(trainer: "R2Mixin") -> bool:
+    """Tell whether the R2 term must pass through autograd: DeepSpeed takes the gradients over inside backward."""
+    return getattr(trainer.accelerator.state, "deepspeed_plugin", None) is not None
