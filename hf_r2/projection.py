@@ -11,6 +11,7 @@ from hf_r2.grain import Grain, parse_grain, pieces
 from hf_r2.moments import require_finite, rms
 from hf_r2.selection import current_weights, scaled, select_trainable
 from hf_r2.sharding import LocalWeight, Routine, run
+from hf_r2.stacking import stack_alike
 
 PROJECTIONS = ("prox", "clip")
 
@@ -91,19 +92,20 @@ class RangeProjection:
         if not isinstance(strength, Tensor) and (strength == 0 or (self.kind == "clip" and self.clip == float("inf"))):
             return
         strengths = scaled(strength, self.factors, len(self.selection))
-        weights = current_weights(self.selection)
-        local = [LocalWeight(weight, self.grain) for weight in weights]
+        weights = [weight.detach() for weight in current_weights(self.selection)]
+        stacks = stack_alike(weights, self.grain, strengths)
         if self.kind == "prox":
-            before = self._limits or [None] * len(local)
-            routines = [_prox_limits(*each) for each in zip(local, strengths, before, strict=True)]
+            before = self._limits or [None] * len(stacks)
+            routines = [_prox_limits(s.weight, s.strength, limits) for s, limits in zip(stacks, before, strict=True)]
         else:
-            routines = [_clip_limits(part, self.clip) for part in local]
+            routines = [_clip_limits(stack.weight, self.clip) for stack in stacks]
         self._limits = run(routines)
         if all(limit.is_cpu for limits in self._limits for limit in limits):
-            require_finite(self.selection, map(torch.cat, self._limits))
-        for weight, part, limit, share in zip(weights, local, self._limits, strengths, strict=True):
-            change = partial(_clamp, limits=limit, share=1.0 if self.kind == "prox" else share)
-            part.update(weight.detach(), change)
+            names = list(self.selection)
+            require_finite([names[stack.members[0]] for stack in stacks], map(torch.cat, self._limits))
+        for stack, limits in zip(stacks, self._limits, strict=True):
+            share = 1.0 if self.kind == "prox" else stack.strength
+            stack.update([weights[index] for index in stack.members], partial(_clamp, limits=limits, share=share))
 
 
 def clip_to_rms(weight: Tensor, multiple: float, grain: Grain = "tensor") -> Tensor:

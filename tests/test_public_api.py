@@ -19,6 +19,7 @@ LAYERS = [
     {"adapters"},
     {"selection", "grain"},
     {"sharding", "cells"},
+    {"stacking"},
     {"moments"},
     {"codecs", "losses", "projection"},
     {"refine", "evaluation", "aware"},
@@ -159,7 +160,12 @@ def test_imports_run_downwards(module):
         assert not imported
 
 
-@modules_where(lambda module: part_of(module) in ("codecs", "losses", "grain", "sharding", "cells", "moments") and module != "losses/range_loss.py")
+@modules_where(
+    lambda module: (
+        part_of(module) in ("codecs", "losses", "grain", "sharding", "cells", "moments")
+        and module != "losses/range_loss.py"
+    )
+)
 def test_the_maths_imports_no_transformers(module):
     roots = {name.split(".")[0] for name in imported_modules(TREES[module])}
     assert not roots & {"transformers", "optimum", "datasets"}

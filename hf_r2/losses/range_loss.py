@@ -1,6 +1,6 @@
 """A range loss over the selected weights of a model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from hf_r2.losses.term import Measure, Measured, add_up, measure_all, range_term
 from hf_r2.moments import extremes, require_finite
 from hf_r2.selection import current_weights, output_first, scaled, select_trainable
 from hf_r2.sharding import LocalWeight, Routine, run
+from hf_r2.stacking import Stack, stack_alike
 
 RANGE_LOSSES = ("l_inf", "margin", "soft_min_max", "tail", "kurtosis")
 
@@ -91,8 +92,7 @@ class RangeLoss(nn.Module):
         self.kurtosis_target = kurtosis_target
         self.compiled = False
         self.learnable = nn.ParameterDict(self._first_values(temperature))
-        self._strengths: Sequence[Tensor | float] = []
-        self._local: list[LocalWeight] = []
+        self._stacks: list[Stack] = []
         self._measured: list[Measured] = []
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -115,10 +115,10 @@ class RangeLoss(nn.Module):
             ValueError: naming weights that hold NaN or infinite values, unless they lie on an accelerator, where the
                 host would have to wait to learn it.
         """
-        self._strengths = scaled(strength, self.factors, len(self.selection))
-        self._local = [LocalWeight(weight, self.grain) for weight in current_weights(self.selection)]
-        self._measured = measure_all(self._routine(), self._local, self._learned())
-        value = add_up(self._measured, self._strengths).float()
+        strengths = scaled(strength, self.factors, len(self.selection))
+        self._stacks = stack_alike(current_weights(self.selection), self.grain, strengths)
+        self._measured = measure_all(self._routine(), self._stacks, self._learned())
+        value = add_up(self._measured, self._stacks).float()
         if value.is_cpu and not value.isfinite():
             require_finite(self.selection, [measured.value for measured in self._measured])
         return value
@@ -133,13 +133,17 @@ class RangeLoss(nn.Module):
         Args:
             grad_scale: what the gradients of the weights are multiplied by, under a gradient scaler.
         """
-        for name, local, measured, strength in zip(
-            self.selection, self._local, self._measured, self._strengths, strict=True
-        ):
-            _add_gradient(*self.selection[name], local, measured, strength * grad_scale)
+        names = list(self.selection)
+        for stack, measured in zip(self._stacks, self._measured, strict=True):
+            strength = stack.strength * grad_scale
+            if isinstance(strength, Tensor):
+                strength = strength.to(stack.weight.tensor.device)
+            add = partial(measured.add_gradient, scale=strength)
+            _add_gradients([self.selection[names[index]] for index in stack.members], stack, add)
             if measured.learned is not None:
-                _add(self.learnable[_key(name)], measured.learned * strength)
-        self._local, self._measured = [], []
+                for index, values in zip(stack.members, stack.cut(measured.learned), strict=True):
+                    _add(self.learnable[_key(names[index])], values * stack.strength)
+        self._stacks, self._measured = [], []
 
     @torch.no_grad()
     def gradient_ratios(self) -> Tensor:
@@ -149,13 +153,13 @@ class RangeLoss(nn.Module):
             ValueError: for weights that are computed from others: they have no gradient of their own.
         """
         ratios = []
-        for name, local, measured in zip(self.selection, self._local, self._measured, strict=True):
+        for name, stack, measured in zip(self.selection, self._stacks, self._measured, strict=True):
             module, attribute = self.selection[name]
             weight = getattr(module, attribute)
             if not isinstance(weight, nn.Parameter):
                 raise ValueError(f"{name} is computed from other parameters: give a strength or a target crest factor")
             own = torch.zeros_like(weight)
-            local.update(output_first(module, own), partial(measured.add_gradient, scale=1.0))
+            stack.update([output_first(module, own)], partial(measured.add_gradient, scale=1.0))
             ratios.append(_norm(weight.grad) / _norm(own).clamp_min(torch.finfo(own.dtype).tiny))
         return torch.stack([ratio.to(ratios[0].device) for ratio in ratios])
 
@@ -198,31 +202,30 @@ def _range(weight: LocalWeight) -> Routine[Tensor]:
     return (yield from weight.whole([bound.abs().amax(dim=1) for bound in bounds]))
 
 
-def _add_gradient(
-    module: nn.Module, attribute: str, local: LocalWeight, measured: Measured, scale: Tensor | float
-) -> None:
-    scale = scale.to(local.tensor.device) if isinstance(scale, Tensor) else scale
+def _add_gradients(owners: list[tuple[nn.Module, str]], stack: Stack, add: Callable[[list[Tensor]], None]) -> None:
+    """Add to the gradients of the weights of a stack."""
+    weights = [getattr(module, attribute) for module, attribute in owners]
+    targets = [_gradient_of(weight) for weight in weights]
+    stack.update([output_first(module, target) for (module, _), target in zip(owners, targets, strict=True)], add)
+    for (module, attribute), weight, target in zip(owners, weights, targets, strict=True):
+        if isinstance(weight, nn.Parameter):
+            continue
+        # A weight computed from parameters (parametrized, or with adapters): its gradient goes on to them
+        with torch.enable_grad():
+            weight = getattr(module, attribute)
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        parts = torch.autograd.grad(weight, parameters, target, allow_unused=True)
+        for parameter, part in zip(parameters, parts, strict=True):
+            if part is not None:
+                _add(parameter, part)
 
-    def change(target: Tensor) -> None:
-        local.update(output_first(module, target), lambda parts: measured.add_gradient(parts, scale))
 
-    weight = getattr(module, attribute)
-    if isinstance(weight, nn.Parameter):
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        change(weight.grad)
-        return
-    # A weight computed from parameters (a parametrization): its gradient goes on to them
-    with torch.enable_grad():
-        weight = getattr(module, attribute)
-    gradient = torch.zeros_like(weight)
-    change(gradient)
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter, part in zip(
-        parameters, torch.autograd.grad(weight, parameters, gradient, allow_unused=True), strict=True
-    ):
-        if part is not None:
-            _add(parameter, part)
+def _gradient_of(weight: Tensor) -> Tensor:
+    if not isinstance(weight, nn.Parameter):
+        return torch.zeros_like(weight)
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
 
 
 def _norm(gradient: Tensor | None) -> Tensor:

@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from hf_r2.grain import Grain
 from hf_r2.selection import scaled
-from hf_r2.sharding import LocalWeight, Routine, run
+from hf_r2.sharding import Routine, run
+from hf_r2.stacking import Stack, stack_alike
 
 
 class Measured(NamedTuple):
@@ -58,16 +59,25 @@ def range_term(
     return _RangeTerm.apply(measure, grain, factors, len(weights), *weights, *learned)
 
 
-def measure_all(measure: Measure, weights: Sequence[LocalWeight], learned: Sequence[Tensor] = ()) -> list[Measured]:
-    """Measure many weights, with one collective per step for all of them if they are cut over processes."""
-    arguments = zip(weights, learned, strict=True) if learned else ((weight,) for weight in weights)
+def measure_all(measure: Measure, stacks: Sequence[Stack], learned: Sequence[Tensor] = ()) -> list[Measured]:
+    """Measure many weights, with one collective per step for all of them if they are cut over processes.
+
+    Args:
+        measure: the loss's routine.
+        stacks: the weights.
+        learned: for each weight, not each stack, its learnable values; or nothing.
+    """
     with torch.no_grad():
-        return run([measure(*argument) for argument in arguments])
+        if not learned:
+            return run([measure(stack.weight) for stack in stacks])
+        together = [_cat([learned[index].detach() for index in stack.members]) for stack in stacks]
+        return run([measure(stack.weight, values) for stack, values in zip(stacks, together, strict=True)])
 
 
-def add_up(measured: Sequence[Measured], strengths: Sequence[Tensor | float]) -> Tensor:
+def add_up(measured: Sequence[Measured], stacks: Sequence[Stack]) -> Tensor:
     """Sum of strength × value, on the device of the first."""
     values = [one.value.to(measured[0].value.device) for one in measured]
+    strengths = [stack.strength for stack in stacks]
     if all(isinstance(strength, float) for strength in strengths) and len(set(strengths)) == 1:
         return torch.stack(values).sum() * strengths[0]
     return sum(value * strength for value, strength in zip(values, strengths, strict=True))
@@ -79,25 +89,30 @@ class _RangeTerm(torch.autograd.Function):
         ctx: Any, measure: Measure, grain: Grain, factors: Tensor | None, count: int, *tensors: Tensor
     ) -> Tensor:
         weights, learned = tensors[:count], tensors[count:]
-        ctx.factors = factors
-        ctx.local = [LocalWeight(weight, grain) for weight in weights]
-        ctx.measured = measure_all(measure, ctx.local, [values.detach() for values in learned])
+        ctx.stacks = stack_alike(weights, grain, scaled(1.0, factors, count))
+        ctx.measured = measure_all(measure, ctx.stacks, learned)
         # Saved, so that autograd notices if a weight is changed in place before backward
         ctx.save_for_backward(*weights)
-        return add_up(ctx.measured, scaled(1.0, factors, count))
+        return add_up(ctx.measured, ctx.stacks)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple:
-        scales = scaled(scale, ctx.factors, len(ctx.local))
-        gradients: list[Tensor | None] = []
-        for index, weight in enumerate(ctx.saved_tensors):
-            gradients.append(torch.zeros_like(weight) if ctx.needs_input_grad[4 + index] else None)
-            if gradients[-1] is not None:
-                add = partial(ctx.measured[index].add_gradient, scale=scales[index].to(weight.device))
-                ctx.local[index].update(gradients[-1], add)
-        learned = [
-            one.learned * factor.to(one.learned.device) if one.learned is not None else None
-            for one, factor in zip(ctx.measured, scales, strict=True)
-        ]
-        return None, None, None, None, *gradients, *learned[: len(ctx.needs_input_grad) - 4 - len(gradients)]
+        weights = ctx.saved_tensors
+        gradients: list[Tensor | None] = [None] * len(weights)
+        learned: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 4 - len(weights))
+        for stack, measured in zip(ctx.stacks, ctx.measured, strict=True):
+            strength = (stack.strength * scale).to(weights[stack.members[0]].device)
+            if any(ctx.needs_input_grad[4 + index] for index in stack.members):
+                targets = [torch.zeros_like(weights[index]) for index in stack.members]
+                stack.update(targets, partial(measured.add_gradient, scale=strength))
+                for index, target in zip(stack.members, targets, strict=True):
+                    gradients[index] = target
+            if learned:
+                for index, values in zip(stack.members, stack.cut(measured.learned), strict=True):
+                    learned[index] = values * strength.to(values.device)
+        return None, None, None, None, *gradients, *learned
+
+
+def _cat(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.cat(values)

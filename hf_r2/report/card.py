@@ -26,9 +26,9 @@ LOSS_SENTENCES = {
 
 
 RESTRICTION_SENTENCES = {
-    "loss": "adds {loss} to the task loss (`{r2_loss}`, strength {r2_strength}, grain {r2_grain})",
+    "loss": "adds {loss} to the task loss (`{r2_loss}`, {strength}, grain {r2_grain})",
     "prox": "takes a proximal step of each group's largest magnitude after every optimizer step "
-    "(strength {r2_strength}, grain {r2_grain})",
+    "({strength}, grain {r2_grain})",
     "clip": "clips each group at {r2_clip} times its rms after every optimizer step (grain {r2_grain})",
 }
 
@@ -127,7 +127,12 @@ def _r2_sentence(r2: dict[str, Any] | None) -> str | None:
     """Say how the float model's range was restricted; nothing if it was not."""
     if not r2:
         return None
-    return RESTRICTION_SENTENCES[r2["r2_mode"]].format(loss=LOSS_SENTENCES[r2["r2_loss"]], **r2)
+    strength = f"strength {r2['r2_strength']}"
+    if r2["r2_strength"] == "auto" and r2["r2_target_crest"] is not None:
+        strength = f"strengths that hold each weight at a crest factor of {r2['r2_target_crest']}"
+    elif r2["r2_strength"] == "auto":
+        strength = f"strengths that hold the gradient of R2 at {r2['r2_target_gradient_ratio']} of the task's"
+    return RESTRICTION_SENTENCES[r2["r2_mode"]].format(loss=LOSS_SENTENCES[r2["r2_loss"]], strength=strength, **r2)
 
 
 def _weight_table(weights: list[dict[str, Any]]) -> str:
