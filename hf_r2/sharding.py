@@ -42,7 +42,7 @@ class LocalWeight:
         grain: see [`hf_r2.grain.parse_grain`].
 
     Attributes:
-        tensor: what is held here, output channels first, detached.
+        tensor: what is held here, output channels first (in any order for grain "tensor"), detached.
         elements: elements of a whole group, one number per block.
         spread: whether the elements of one group lie on several processes.
 
@@ -61,7 +61,10 @@ class LocalWeight:
         weight = weight.detach()
         if isinstance(weight, DTensor):
             weight = self._localize(weight)
-        self.tensor = weight
+        # All elements of a "tensor" group count alike, so they are walked in the order in which they lie in memory
+        dims = range(weight.dim())
+        self._order = sorted(dims, key=lambda dim: -weight.stride(dim)) if grain == "tensor" else list(dims)
+        self.tensor = weight.permute(self._order)
         self._views: list[Tensor] | None = None
 
     def _localize(self, weight: DTensor) -> Tensor:
@@ -81,7 +84,7 @@ class LocalWeight:
         return weight.to_local()
 
     def blocks(self) -> list[Tensor]:
-        """Cut what is held here into blocks `(groups, elements)`; float32 or better, see [`hf_r2.grain.blocks`]."""
+        """Cut what is held here into contiguous blocks `(groups, elements)`, see [`hf_r2.grain.blocks`]."""
         if self._views is None:
             parts = self._cut(self.tensor)
             if any(_is_copy(part, self.tensor) for part in parts):
@@ -91,7 +94,7 @@ class LocalWeight:
 
     def _cut(self, tensor: Tensor) -> list[Tensor]:
         if tensor.numel():
-            return blocks(tensor, self.grain)
+            return [block.contiguous() for block in blocks(tensor, self.grain)]
         empty = tensor.new_empty(0, dtype=torch.promote_types(tensor.dtype, torch.float32))
         if self.spread:
             return [empty.view(count, 0) for count in group_counts(self.shape, self.grain)]
@@ -101,10 +104,11 @@ class LocalWeight:
         """Let `change` write to the blocks of a tensor of the weight's layout (the weight, its gradient), in place."""
         whole = isinstance(target, DTensor) and self.mesh is None
         local = target.full_tensor() if whole else target.to_local() if isinstance(target, DTensor) else target
-        parts = self._cut(local)
+        ordered = local.permute(self._order)
+        parts = self._cut(ordered)
         change(parts)
         if any(_is_copy(part, local) for part in parts):
-            local.copy_(join(parts, local.shape, self.grain))
+            ordered.copy_(join(parts, ordered.shape, self.grain))
         if whole:
             replicated = DTensor.from_local(local, target.device_mesh, [Replicate()] * target.device_mesh.ndim)
             target.copy_(replicated.redistribute(placements=target.placements))

@@ -236,7 +236,8 @@ def _norm(gradient: Tensor | None) -> Tensor:
 
 
 def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
-    parameter.grad = gradient.to(parameter) if parameter.grad is None else parameter.grad.add_(gradient)
+    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    parameter.grad.add_(gradient)
 
 
 def _key(name: str) -> str:

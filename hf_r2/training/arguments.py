@@ -100,19 +100,13 @@ class R2TrainingArguments(TrainingArguments):
         }.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
-        if isinstance(self.r2_strength, str) and self.r2_strength != "auto":
-            try:
-                self.r2_strength = float(self.r2_strength)
-            except ValueError:
-                raise ValueError(f"r2_strength={self.r2_strength!r} is neither a number ≥ 0 nor 'auto'") from None
-        if isinstance(self.r2_strength_factors, str):
-            self.r2_strength_factors = json.loads(self.r2_strength_factors)
+        self._parse_texts()
         numbers = ("r2_strength", "r2_learning_rate", "r2_min_numel", "r2_temperature", "r2_clip", "r2_tail_fraction")
         targets = ("r2_target_crest", "r2_target_gradient_ratio")
         for name in (*numbers, *targets, "r2_warmup_ratio", "r2_start_ratio", "r2_end_ratio"):
             value = getattr(self, name)
             unlimited = name == "r2_clip" and value == math.inf
-            if (value is None and name in (*targets, "r2_temperature")) or value == "auto":
+            if (value is None and name in (*targets, "r2_temperature")) or (name == "r2_strength" and value == "auto"):
                 continue
             if not isinstance(value, int | float) or not (math.isfinite(value) or unlimited) or value < 0:
                 raise ValueError(f"{name}={value!r} is not a number ≥ 0")
@@ -131,6 +125,18 @@ class R2TrainingArguments(TrainingArguments):
             parse_grain(self.r2_grain)
         except ValueError as error:
             raise ValueError(f"r2_grain: {error}") from error
+
+    def _parse_texts(self) -> None:
+        if isinstance(self.r2_strength, str) and self.r2_strength != "auto":
+            try:
+                self.r2_strength = float(self.r2_strength)
+            except ValueError:
+                raise ValueError(f"r2_strength={self.r2_strength!r} is neither a number ≥ 0 nor 'auto'") from None
+        if isinstance(self.r2_strength_factors, str):
+            try:
+                self.r2_strength_factors = json.loads(self.r2_strength_factors)
+            except ValueError as error:
+                raise ValueError(f"r2_strength_factors={self.r2_strength_factors!r} is not JSON: {error}") from error
 
     def _check_auto(self) -> None:
         targets = [self.r2_target_crest, self.r2_target_gradient_ratio]
