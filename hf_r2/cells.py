@@ -3,6 +3,7 @@
 One pass over a block finds the largest magnitude of every cell; only cells whose peak matters are looked at again.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from hf_r2.grain import pieces
 
 CELL = 128
-"""Elements of a cell, at most."""
+"""Elements of a cell, about."""
 
 
 class PickedCells(NamedTuple):
@@ -27,12 +28,23 @@ class PickedCells(NamedTuple):
         return block.numpy().reshape(-1, self.size)[self.index]
 
 
+def cell_size(n: int) -> int:
+    """Elements of the cells that n elements are cut into: a divisor of n, `CELL` or less if one is near, else more."""
+    return _divisor_near(n, CELL)
+
+
+@cache
+def _divisor_near(n: int, limit: int) -> int:
+    below = next(size for size in range(min(n, limit), 0, -1) if n % size == 0)
+    return below if 8 * below >= min(n, limit) else next(size for size in range(limit, n + 1) if n % size == 0)
+
+
 def cell_peaks(block: Tensor) -> Tensor:
     """Largest magnitude of every cell of a block `(groups, n)`: `(groups, cells)`, with cells of one size."""
     groups, n = block.shape
     if block.numel() == 0:
         return block.new_zeros(groups, 1)
-    size = next(size for size in range(min(n, CELL), 0, -1) if n % size == 0)
+    size = cell_size(n)
     cells = block.view(groups * (n // size), size)
     # amax(|W|) would first build |W|
     return torch.maximum(cells.amax(dim=1), cells.amin(dim=1).neg_()).view(groups, n // size)

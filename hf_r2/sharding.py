@@ -85,29 +85,32 @@ class LocalWeight:
 
     def blocks(self) -> list[Tensor]:
         """Cut what is held here into contiguous blocks `(groups, elements)`, see [`hf_r2.grain.blocks`]."""
-        if self._views is None:
-            parts = self._cut(self.tensor)
-            if any(_is_copy(part, self.tensor) for part in parts):
-                return parts
+        if self._views is not None:
+            return self._views
+        parts, are_views = self._cut(self.tensor)
+        if are_views:
             self._views = parts
-        return self._views
+        return parts
 
-    def _cut(self, tensor: Tensor) -> list[Tensor]:
-        if tensor.numel():
-            return [block.contiguous() for block in blocks(tensor, self.grain)]
-        empty = tensor.new_empty(0, dtype=torch.promote_types(tensor.dtype, torch.float32))
-        if self.spread:
-            return [empty.view(count, 0) for count in group_counts(self.shape, self.grain)]
-        return [empty.view(0, size) for size in self.elements]
+    def _cut(self, tensor: Tensor) -> tuple[list[Tensor], bool]:
+        """Return the blocks, and whether they are views of the tensor."""
+        if tensor.numel() == 0:
+            empty = tensor.new_empty(0, dtype=torch.promote_types(tensor.dtype, torch.float32))
+            if self.spread:
+                return [empty.view(count, 0) for count in group_counts(self.shape, self.grain)], True
+            return [empty.view(0, size) for size in self.elements], True
+        parts = [block.contiguous() for block in blocks(tensor, self.grain)]
+        storage = tensor.untyped_storage().data_ptr()
+        return parts, all(part.untyped_storage().data_ptr() == storage for part in parts)
 
     def update(self, target: Tensor, change: Callable[[list[Tensor]], None]) -> None:
         """Let `change` write to the blocks of a tensor of the weight's layout (the weight, its gradient), in place."""
         whole = isinstance(target, DTensor) and self.mesh is None
         local = target.full_tensor() if whole else target.to_local() if isinstance(target, DTensor) else target
         ordered = local.permute(self._order)
-        parts = self._cut(ordered)
+        parts, are_views = self._cut(ordered)
         change(parts)
-        if any(_is_copy(part, local) for part in parts):
+        if not are_views:
             ordered.copy_(join(parts, ordered.shape, self.grain))
         if whole:
             replicated = DTensor.from_local(local, target.device_mesh, [Replicate()] * target.device_mesh.ndim)
@@ -200,10 +203,6 @@ def _reduce(requests: dict[int, Reduction]) -> dict[int, Tensor]:
         for (index, values), part in zip(members.items(), parts, strict=True):
             answers[index] = part.view(values.shape).to(values)
     return dict(sorted(answers.items()))
-
-
-def _is_copy(part: Tensor, tensor: Tensor) -> bool:
-    return part.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
 
 
 def _name(weight: DTensor, mesh_dim: int) -> str:

@@ -77,7 +77,11 @@ def _moments(
         sums.append(torch.zeros(len(unit), len(powers), dtype=torch.float64, device=block.device))
         for band, (piece,) in pieces(block):
             x = (piece - centre[band, None]) * unit[band, None]
-            sums[-1][band] += torch.stack([(x**power).sum(dim=1) for power in powers], dim=1)
+            terms, term = {}, x
+            for power in range(1, max(powers) + 1):
+                terms[power] = term.sum(dim=1)
+                term = term * x
+            sums[-1][band] += torch.stack([terms[power] for power in powers], dim=1)
     sums = yield from weight.total(sums)
     means = [part / elements for part, elements in zip(sums, weight.elements, strict=True)]
     return [[mean[:, index] for mean in means] for index in range(len(powers))]

@@ -3,10 +3,11 @@
 import math
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hf_r2.grain import Grain
+from hf_r2.grain import Grain, pieces
 from hf_r2.losses.term import Measure, Measured, range_term
 from hf_r2.sharding import LocalWeight, Routine
 
@@ -50,7 +51,8 @@ def _measure(fraction: float, weight: LocalWeight) -> Routine[Measured]:
     values, shares = [], []
     for (held, _), everywhere, size in zip(tails, candidates, sizes, strict=True):
         # Over processes, each hands in as many as the whole tail has, and the last place may be shared
-        last = everywhere.topk(size, dim=1).values[:, -1:]
+        tail = everywhere if everywhere.shape[1] == size else everywhere.topk(size, dim=1).values
+        last = tail.amin(dim=1, keepdim=True)
         above, ties = (everywhere > last).sum(dim=1, keepdim=True), (everywhere == last).sum(dim=1, keepdim=True)
         values.append((last + (everywhere - last).relu().sum(dim=1, keepdim=True) / size)[:, 0])
         shares.append(((held > last) + (held == last) * (size - above) / ties).to(held.dtype) / size)
@@ -70,7 +72,11 @@ def _largest(block: Tensor, count: int) -> tuple[Tensor, Tensor]:
         # A selection over all elements takes ten passes' time. A sample tells a level that about twice as many exceed
         sample = block[0, :: block.shape[1] // SAMPLED].abs()
         level = sample.topk(2 * count * len(sample) // block.shape[1] + 8).values[-1]
-        near = (block.abs() >= level).view(-1).nonzero().view(-1)
+        found, start = [], 0
+        for _, (piece,) in pieces(block):
+            found.append(start + np.flatnonzero(np.abs(piece.numpy()) >= level.item()))
+            start += piece.numel()
+        near = torch.from_numpy(np.concatenate(found))
         if len(near) >= count:
             values, chosen = block.view(-1).index_select(0, near).abs_().topk(count, sorted=False)
             return values[None], near[chosen][None]
