@@ -24,7 +24,7 @@ def cell(study: dict[str, Any], data: str, optimizer: str, restriction: str, ind
         "data": data,
         "optimizer": optimizer,
         "restriction": restriction,
-        "candidate": candidates(study, restriction, optimizer)[index],
+        "candidate": candidates(study, data, optimizer, restriction)[index],
         "seed": seed,
         "split": split,
         "model": setting["model"],
@@ -34,9 +34,10 @@ def cell(study: dict[str, Any], data: str, optimizer: str, restriction: str, ind
     }
 
 
-def candidates(study: dict[str, Any], restriction: str, optimizer: str) -> list[dict[str, Any]]:
+def candidates(study: dict[str, Any], data: str, optimizer: str, restriction: str) -> list[dict[str, Any]]:
+    """List a row's candidates: the file has one list for all, or one for each data set or optimizer."""
     found = study["restrictions"][restriction]
-    return found[optimizer] if isinstance(found, dict) else found
+    return found[data if data in found else optimizer] if isinstance(found, dict) else found
 
 
 def settings(study: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -51,7 +52,7 @@ def settings(study: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def trials(study: dict[str, Any], row: tuple[str, str, str]) -> list[dict[str, Any]]:
     """List the cells that a row's candidate is chosen from; none if there is nothing to choose."""
-    count = len(candidates(study, row[2], row[1]))
+    count = len(candidates(study, *row))
     return [cell(study, *row, index, study["seeds"][0], "validation") for index in range(count)] if count > 1 else []
 
 

@@ -64,7 +64,7 @@ def _results(study: dict[str, Any], row: tuple[str, str, str]) -> list[dict[str,
 def _choice(study: dict[str, Any], row: tuple[str, str, str]) -> str:
     if not trials(study, row):
         return ""
-    options = candidates(study, row[2], row[1])
+    options = candidates(study, *row)
     varied = [key for key in options[0] if len({str(option[key]) for option in options}) > 1]
     picked = options[chosen(study, row)]
     return ", ".join(f"{key.removeprefix('r2_')} {picked[key]:g}" for key in varied)
