@@ -79,7 +79,7 @@ def test_baseline_and_r2_recipes_differ_in_the_r2_lines_only():
     ]
     changed = [line[2:] for line in difflib.ndiff(*texts) if line[:2] in ("- ", "+ ")]
     assert {line.split(":")[0] for line in changed} == {
-        "name", "hub_model_id", "output_dir", "r2_mode", "r2_loss", "r2_strength", "r2_grain", "with_baseline",
+        "name", "hub_model_id", "output_dir", "r2_mode", "r2_strength", "r2_grain", "with_baseline",
     }  # fmt: skip
 
 
@@ -87,5 +87,6 @@ def test_baseline_and_r2_recipes_differ_in_the_r2_lines_only():
 def test_recipe_header_holds_its_launch_line(recipe):
     text = recipe.read_text(encoding="utf-8")
     if "accelerate_configs" not in recipe.parts:
-        assert f"accelerate launch recipes/run_image_classification.py {recipe.relative_to(ROOT)}" in text
+        script = "python recipes/study/run.py" if "study" in recipe.parts else "accelerate launch recipes/run_"
+        assert script in text.partition(f" {recipe.relative_to(ROOT)}\n")[0]
         assert yaml.safe_load(text)["name"]
