@@ -8,6 +8,18 @@ def is_adapted(module: nn.Module) -> bool:
     return hasattr(module, "get_base_layer") and hasattr(module, "active_adapters")
 
 
+def is_copied(module: nn.Module) -> bool:
+    """Tell whether PEFT keeps a module's original beside the copies that it trains (`modules_to_save`)."""
+    return hasattr(module, "original_module") and hasattr(module, "modules_to_save")
+
+
+def active_copy(module: nn.Module) -> nn.Module:
+    """Return the copy that acts, or the original if adapters are disabled."""
+    active = [] if getattr(module, "disable_adapters", False) else module.active_adapters
+    copies = [module.modules_to_save[name] for name in active if name in module.modules_to_save]
+    return copies[0] if copies else module.original_module
+
+
 class AdaptedLayer(nn.Module):
     """A layer as it will be once its adapters are merged into it: what is compressed and served.
 

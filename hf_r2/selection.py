@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_r2.adapters import AdaptedLayer, is_adapted
+from hf_r2.adapters import AdaptedLayer, active_copy, is_adapted, is_copied
 
 _COMPUTE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 
@@ -144,16 +144,21 @@ def require_match(pattern: str, names: Sequence[str]) -> None:
         raise ValueError(f"pattern {pattern!r} matches no weight; near names: {near}")
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """List modules by name; a layer with PEFT adapters is one, and neither its base nor its adapters are."""
-    adapted = []
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        if any(prefix.startswith(outer) for outer in adapted):
+def _layers(model: nn.Module, outer: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """List modules by name; a layer with PEFT adapters is one, and of its copies of a module the one that acts."""
+    done: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(name.startswith(prefix) for prefix in done):
             continue
-        if is_adapted(module):
-            adapted.append(f"{prefix}.")
-            module = AdaptedLayer(module, f"{prefix}.weight")
-        yield prefix, module
+        path = f"{outer}.{name}" if outer and name else outer or name
+        if is_copied(module):
+            done.append(f"{name}.")
+            yield from _layers(active_copy(module), path)
+        elif is_adapted(module):
+            done.append(f"{name}.")
+            yield path, AdaptedLayer(module, f"{path}.weight")
+        else:
+            yield path, module
 
 
 def _sharers(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
