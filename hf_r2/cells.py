@@ -62,7 +62,8 @@ def pick_cells(block: Tensor, peaks: Tensor, level: Tensor, above: bool = False)
     if not block.is_cpu or block.numel() == 0:
         return None
     found, wanted = peaks.numpy(), level.numpy()[:, None]
-    index = (found > wanted if above else found == wanted).ravel().nonzero()[0]
+    # Not `found > wanted`: a cell that holds NaN is picked too, so that what is computed from it tells
+    index = (~(found <= wanted) if above else found == wanted).ravel().nonzero()[0]
     if 4 * index.size > found.size:
         return None
     return PickedCells(index, index // found.shape[1], block.shape[1] // found.shape[1])

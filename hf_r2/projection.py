@@ -44,8 +44,7 @@ class RangeProjection:
         exclude: see [`select_weights`].
         min_numel: see [`select_weights`].
         factors: factor on the strength of `step` by pattern over parameter names; the last that matches counts, 0
-        leaves
-            the weight out.
+            leaves the weight out.
 
     Raises:
         ValueError: for an unknown kind or grain, a clip that is not above 1, weights that are computed from others
@@ -178,7 +177,7 @@ def _prox_limits(weight: LocalWeight, t: Tensor | float, before: list[Tensor] | 
         new = []
         for (sums, counts), limit in zip((part.unbind(dim=1) for part in found), limits, strict=True):
             # No element above the limit: from zero, the way is up
-            step = torch.where(counts > 0, limit + (sums - t) / counts.clamp_min(1), limit if not warm else 0)
+            step = torch.where(sums == 0, 0 if warm else limit, limit + (sums - t) / counts.clamp_min(1))
             new.append(step.clamp_min(0).to(limit.dtype))
         # An accelerator takes all steps: to stop early, the host would have to wait for it
         done = weight.tensor.is_cpu and all(map(torch.equal, new, limits))

@@ -82,8 +82,7 @@ def select_trainable(
         exclude: see there.
         min_numel: see there.
         factors: factor on the strength by pattern over parameter names; the last that matches counts. 0 leaves the
-        weight
-            out; a weight that no pattern matches has 1.
+            weight out; a weight that no pattern matches has 1.
 
     Returns:
         What [`select_weights`] does, without frozen weights and those of factor 0; and their factors, `(weights,)`, or

@@ -39,7 +39,7 @@ def kurtosis_measure(target: float = UNIFORM_KURTOSIS) -> Measure:
 def _measure(target: float, weight: LocalWeight) -> Routine[Measured]:
     bounds = yield from extremes(weight)
     # The kurtosis does not depend on scale, so the range becomes 1: fourth powers of small weights would leave float32
-    spread = [bound[:, 0] > bound[:, 1] for bound in bounds]
+    spread = [bound[:, 0] != bound[:, 1] for bound in bounds]  # true for NaN, too
     units = [torch.where(s, 1 / (bound[:, 0] - bound[:, 1]), 0) for s, bound in zip(spread, bounds, strict=True)]
     starts = [bound[:, 1] for bound in bounds]
     (means,) = yield from _moments(weight, units, starts, [1])

@@ -1,6 +1,6 @@
 """A range loss over the selected weights of a model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -56,8 +56,7 @@ class RangeLoss(nn.Module):
             weight out.
         margin_reduction: `"max"` or `"sum"`, for `"margin"`; the margins start at each group's `max|W|`.
         temperature: first value for `"soft_min_max"`, relative to 1/rms of the weight; without it, the one at which
-        each
-            group's loss sees 90 % of its range.
+            each group's loss sees 90 % of its range.
         tail_fraction: share of the elements in the tail, for `"tail"`.
         kurtosis_target: kurtosis to hold, for `"kurtosis"`.
 
@@ -153,15 +152,31 @@ class RangeLoss(nn.Module):
             ValueError: for weights that are computed from others: they have no gradient of their own.
         """
         ratios = []
-        for name, stack, measured in zip(self.selection, self._stacks, self._measured, strict=True):
-            module, attribute = self.selection[name]
-            weight = getattr(module, attribute)
+        for name, weight, own in self._own_gradients():
             if not isinstance(weight, nn.Parameter):
                 raise ValueError(f"{name} is computed from other parameters: give a strength or a target crest factor")
-            own = torch.zeros_like(weight)
-            stack.update([output_first(module, own)], partial(measured.add_gradient, scale=1.0))
             ratios.append(_norm(weight.grad) / _norm(own).clamp_min(torch.finfo(own.dtype).tiny))
         return torch.stack([ratio.to(ratios[0].device) for ratio in ratios])
+
+    @torch.no_grad()
+    def gradient_peaks(self) -> Tensor:
+        """Largest entry of the gradient of the loss last measured, at strength 1, over `max|W|`: `(weights,)`."""
+        peaks = []
+        for _, weight, own in self._own_gradients():
+            gradient, top = run([_range(LocalWeight(tensor, "tensor")) for tensor in (own, weight)])
+            peaks.append((gradient / top)[0])
+        return torch.stack([peak.to(peaks[0].device) for peak in peaks])
+
+    def _own_gradients(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield name, weight and gradient of the loss last measured, at strength 1, one weight at a time."""
+        names = list(self.selection)
+        for stack, measured in zip(self._stacks, self._measured, strict=True):
+            weights = [getattr(*self.selection[names[index]]) for index in stack.members]
+            own = [torch.zeros_like(weight) for weight in weights]
+            modules = [self.selection[names[index]][0] for index in stack.members]
+            targets = [output_first(*pair) for pair in zip(modules, own, strict=True)]
+            stack.update(targets, partial(measured.add_gradient, scale=1.0))
+            yield from zip((names[index] for index in stack.members), weights, own, strict=True)
 
     def _routine(self) -> Measure:
         match self.kind:
@@ -221,7 +236,8 @@ def _add_gradients(owners: list[tuple[nn.Module, str]], stack: Stack, add: Calla
 
 
 def _gradient_of(weight: Tensor) -> Tensor:
-    if not isinstance(weight, nn.Parameter):
+    # Once its adapters are merged or disabled, the weight of their layer is its frozen base
+    if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
         return torch.zeros_like(weight)
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)

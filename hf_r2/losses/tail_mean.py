@@ -74,7 +74,8 @@ def _largest(block: Tensor, count: int) -> tuple[Tensor, Tensor]:
         level = sample.topk(2 * count * len(sample) // block.shape[1] + 8).values[-1]
         found, start = [], 0
         for _, (piece,) in pieces(block):
-            found.append(start + np.flatnonzero(np.abs(piece.numpy()) >= level.item()))
+            # Not `>= level`: NaN is found too, and taken for the largest
+            found.append(start + np.flatnonzero(~(np.abs(piece.numpy()) < level.item())))
             start += piece.numel()
         near = torch.from_numpy(np.concatenate(found))
         if len(near) >= count:

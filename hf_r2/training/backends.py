@@ -14,9 +14,8 @@ def require_supported(trainer: "R2Mixin") -> None:
 
     Raises:
         ValueError: for DeepSpeed ZeRO-3 and FSDP1, whose weights no process can read between steps; for projections
-        under
-            DeepSpeed, whose optimizer keeps its own copy of the weights; and for range losses with optimizers that step
-            inside the backward pass.
+            and chosen strengths under DeepSpeed, whose optimizer keeps weights and gradients to itself; and for range
+            losses with optimizers that step inside the backward pass.
     """
     mode, optimizer = trainer.args.r2_mode, str(getattr(trainer.args.optim, "value", trainer.args.optim))
     deepspeed = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
@@ -27,6 +26,10 @@ def require_supported(trainer: "R2Mixin") -> None:
     if deepspeed is not None and mode != "loss":
         raise ValueError(
             f"DeepSpeed would overwrite weights projected by r2_mode={mode!r}: use r2_mode='loss', or {_FSDP2}"
+        )
+    if deepspeed is not None and trainer.args.r2_strength == "auto":
+        raise ValueError(
+            f"DeepSpeed hides the gradients that r2_strength='auto' looks at: give r2_strength a number, or {_FSDP2}"
         )
     fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1:

@@ -212,9 +212,20 @@ class R2Mixin:
         if self.args.r2_mode == "clip":
             self.range_projection.step(self._r2_share())
             return
-        self.range_projection.step(self.optimizer.param_groups[0]["lr"] * self._strength())
-        if self.strength_target is not None:
-            self.strength_target.update()
+        self.range_projection.step(self._learning_rate() * self._strength())
+        self._choose_strengths()
+
+    def _learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def _choose_strengths(self, grad_scale: Tensor | float = 1.0) -> None:
+        """Choose the strengths of the next optimizer step, unless the schedule lets none through."""
+        if self._r2_share() == 0:
+            return
+        if isinstance(self.strength_target, CrestTarget):
+            self.strength_target.update(self._learning_rate())
+        elif self.strength_target is not None:
+            self.strength_target.update(grad_scale)
 
     def _loss_is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Tell, as `Trainer.training_step` does, whether the loss is already averaged over the accumulation steps."""
@@ -232,12 +243,10 @@ class R2Mixin:
             self._r2_steps += 1
             self._r2_value = None
             if not differentiable_loss(self):
-                if isinstance(self.strength_target, GradientRatioTarget):
-                    self.strength_target.update()
                 scaler = self.accelerator.scaler
-                self.range_loss.accumulate_grad_(1.0 if scaler is None else scaler.scale(torch.ones_like(loss)))
-            if isinstance(self.strength_target, CrestTarget):
-                self.strength_target.update()
+                grad_scale = 1.0 if scaler is None else scaler.scale(torch.ones_like(loss))
+                self._choose_strengths(grad_scale)
+                self.range_loss.accumulate_grad_(grad_scale)
             if self.range_optimizer is not None:
                 self.range_optimizer.step()
                 self.range_optimizer.zero_grad()
