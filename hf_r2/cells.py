@@ -25,7 +25,12 @@ class PickedCells(NamedTuple):
 
     def of(self, block: Tensor) -> np.ndarray:
         """Copy them from a block: `(cells, elements)`."""
-        return block.numpy().reshape(-1, self.size)[self.index]
+        return as_array(block).reshape(-1, self.size)[self.index]
+
+
+def as_array(values: Tensor) -> np.ndarray:
+    """View a tensor on a CPU as an array. After `values.numpy()`, FSDP2 could no longer free the tensor's storage."""
+    return np.from_dlpack(values)
 
 
 def cell_size(n: int) -> int:

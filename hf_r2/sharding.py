@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from hf_r2.grain import EMPTY, Grain, blocks, group_counts, group_sizes, join, parse_grain
@@ -189,6 +190,16 @@ def run(routines: Sequence[Routine[Result]]) -> list[Result]:
         for index, answer in answers.items():
             advance(index, answer)
     return [results[index] for index in range(len(routines))]
+
+
+def cut_again(model: nn.Module) -> None:
+    """Let FSDP2 free the weights that it has gathered, so that what is read now stays valid after the backward pass.
+
+    A forward pass leaves some weights gathered, an evaluation too; FSDP2 gathers them again where it needs them.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _reduce(requests: dict[int, Reduction]) -> dict[int, Tensor]:

@@ -186,3 +186,10 @@ def test_prox_that_starts_at_the_last_limits_ends_where_a_fresh_one_does():
         fresh = prox_l_inf(model[0].weight, 8.0)
         projection.step(8.0)
         torch.testing.assert_close(model[0].weight.detach(), fresh, rtol=1e-6, atol=0)
+
+
+def test_storages_stay_resizable():
+    block = torch.randn(4, 512)
+    picked = pick_cells(block, cell_peaks(block), block.abs().amax(dim=1))
+    assert picked.of(block).shape[1] == cell_size(512)
+    block.untyped_storage().resize_(0)  # as FSDP2 frees a weight that it has gathered

@@ -17,7 +17,7 @@ from hf_r2.losses.tail_mean import tail_mean_measure
 from hf_r2.losses.term import Measure, Measured, add_up, measure_all, range_term
 from hf_r2.moments import extremes, require_finite
 from hf_r2.selection import current_weights, output_first, scaled, select_trainable
-from hf_r2.sharding import LocalWeight, Routine, run
+from hf_r2.sharding import LocalWeight, Routine, cut_again, run
 from hf_r2.stacking import Stack, stack_alike
 
 RANGE_LOSSES = ("l_inf", "margin", "soft_min_max", "tail", "kurtosis")
@@ -84,7 +84,8 @@ class RangeLoss(nn.Module):
             raise ValueError(f"unknown range loss {kind!r}: use one of {', '.join(RANGE_LOSSES)}")
         self.kind = kind
         self.grain = parse_grain(grain)
-        # A plain dict of (module, "weight"): nothing in it becomes a submodule, so no model weight is saved twice
+        # In a list, and in a plain dict of (module, "weight"): no submodules, so no model weight is saved twice
+        self._model = [model]
         self.selection, self.factors = select_trainable(model, include, exclude, min_numel, factors)
         self.margin_reduction = margin_reduction
         self.tail_fraction = tail_fraction
@@ -100,8 +101,7 @@ class RangeLoss(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the sum over the selected weights: a float32 scalar on the first weight's device, differentiable."""
-        weights = current_weights(self.selection)
-        return range_term(self._routine(), self.grain, weights, self._learned(), self.factors).float()
+        return range_term(self._routine(), self.grain, self._weights(), self._learned(), self.factors).float()
 
     @torch.no_grad()
     def measure(self, strength: Tensor | float = 1.0) -> Tensor:
@@ -115,7 +115,7 @@ class RangeLoss(nn.Module):
                 host would have to wait to learn it.
         """
         strengths = scaled(strength, self.factors, len(self.selection))
-        self._stacks = stack_alike(current_weights(self.selection), self.grain, strengths)
+        self._stacks = stack_alike(self._weights(), self.grain, strengths)
         self._measured = measure_all(self._routine(), self._stacks, self._learned())
         value = add_up(self._measured, self._stacks).float()
         if value.is_cpu and not value.isfinite():
@@ -177,6 +177,10 @@ class RangeLoss(nn.Module):
             targets = [output_first(*pair) for pair in zip(modules, own, strict=True)]
             stack.update(targets, partial(measured.add_gradient, scale=1.0))
             yield from zip((names[index] for index in stack.members), weights, own, strict=True)
+
+    def _weights(self) -> list[Tensor]:
+        cut_again(*self._model)
+        return current_weights(self.selection)
 
     def _routine(self) -> Measure:
         match self.kind:
@@ -247,7 +251,7 @@ def _gradient_of(weight: Tensor) -> Tensor:
 def _norm(gradient: Tensor | None) -> Tensor:
     if gradient is None:
         return torch.zeros(())
-    norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

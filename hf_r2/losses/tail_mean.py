@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_r2.cells import as_array
 from hf_r2.grain import Grain, pieces
 from hf_r2.losses.term import Measure, Measured, range_term
 from hf_r2.sharding import LocalWeight, Routine
@@ -75,7 +76,7 @@ def _largest(block: Tensor, count: int) -> tuple[Tensor, Tensor]:
         found, start = [], 0
         for _, (piece,) in pieces(block):
             # Not `>= level`: NaN is found too, and taken for the largest
-            found.append(start + np.flatnonzero(~(np.abs(piece.numpy()) < level.item())))
+            found.append(start + np.flatnonzero(~(np.abs(as_array(piece)) < level.item())))
             start += piece.numel()
         near = torch.from_numpy(np.concatenate(found))
         if len(near) >= count:
