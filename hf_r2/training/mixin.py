@@ -308,7 +308,7 @@ class R2Mixin:
         if checkpoint is None or not expected:
             return
         path = os.path.join(checkpoint, R2_STATE_NAME)
-        state = load_file(path, device=str(self.args.device)) if os.path.isfile(path) else {}
+        state = load_file(path) if os.path.isfile(path) else {}
         if {name: tensor.shape for name, tensor in state.items()} != {
             name: tensor.shape for name, tensor in expected.items()
         }:
