@@ -1,6 +1,7 @@
-"""Weights of layers that PEFT has put adapters on."""
+"""Weights that are not where a layer usually has them: with PEFT's adapters on them, or trained through compression."""
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -18,6 +19,30 @@ def active_copy(module: nn.Module) -> nn.Module:
     active = [] if getattr(module, "disable_adapters", False) else module.active_adapters
     copies = [module.modules_to_save[name] for name in active if name in module.modules_to_save]
     return copies[0] if copies else module.original_module
+
+
+def is_compression_aware(module: nn.Module) -> bool:
+    """Tell whether the weight of a layer is trained through compression (see `hf_r2.aware`)."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return False
+    return any(getattr(step, "compression_aware", False) for step in module.parametrizations["weight"])
+
+
+class LatentLayer(nn.Module):
+    """A layer that is trained through compression, by its latent weight: the float parameter that is compressed.
+
+    Args:
+        layer: whose weight has the parametrization.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = layer
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The latent weight, shape and layout of the layer's."""
+        return self.base_layer.parametrizations["weight"].original
 
 
 class AdaptedLayer(nn.Module):

@@ -64,6 +64,7 @@ def quantize(
     method: Annotated[str, typer.Option(help="Codec: uniform or palette.")] = "uniform",
     bits: Annotated[int, typer.Option(help="Bits of a code, 1–8.")] = 4,
     grain: Annotated[str, typer.Option(help="'tensor', 'channel' or a group size.")] = "channel",
+    cluster_dim: Annotated[int | None, typer.Option(help="palette: elements that share a code, 1–64.")] = None,
 ) -> None:
     """Compress a float checkpoint and write its model card.
 
@@ -73,7 +74,7 @@ def quantize(
     from hf_r2.report import render_card
 
     with _clear_errors():
-        config = R2QuantizationConfig(method=method, bits=bits, grain=grain)
+        config = R2QuantizationConfig(method=method, bits=bits, grain=grain, cluster_dim=cluster_dim)
         R2Quantizer.from_pretrained(model).quantize(output, config)
         render_card(output)
     typer.echo(f"{output} holds the compressed checkpoint and its card")

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_r2.adapters import AdaptedLayer, active_copy, is_adapted, is_copied
+from hf_r2.adapters import (
+    AdaptedLayer,
+    LatentLayer,
+    active_copy,
+    is_adapted,
+    is_compression_aware,
+    is_copied,
+)
 
 _COMPUTE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 
@@ -34,7 +41,8 @@ def select_weights(
 
     Returns:
         Ordered mapping of parameter name to `(module, "weight")`, in the order of `model.named_modules()`. For a layer
-        with PEFT adapters, the module is an [`AdaptedLayer`], whose weight is the merged one.
+        with PEFT adapters, the module is an [`AdaptedLayer`], whose weight is the merged one; for one trained through
+        compression (`attach`), a [`LatentLayer`], whose weight is the float parameter behind it.
 
     Raises:
         ValueError: if a pattern matches no weight, or if nothing is selected.
@@ -127,8 +135,8 @@ def output_first(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def base_layer(module: nn.Module) -> nn.Module:
-    """Return the layer that a module is, under any adapters."""
-    return module.base_layer if isinstance(module, AdaptedLayer) else module
+    """Return the layer that a module is, under any adapters and compression-aware training."""
+    return module.base_layer if isinstance(module, AdaptedLayer | LatentLayer) else module
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -156,6 +164,9 @@ def _layers(model: nn.Module, outer: str = "") -> Iterator[tuple[str, nn.Module]
         elif is_adapted(module):
             done.append(f"{name}.")
             yield path, AdaptedLayer(module, f"{path}.weight")
+        elif is_compression_aware(module):
+            done.append(f"{name}.")
+            yield path, LatentLayer(module)
         else:
             yield path, module
 

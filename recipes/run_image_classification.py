@@ -3,7 +3,8 @@
     accelerate launch recipes/run_image_classification.py recipes/vision/digits/r2_2bit.yaml [--key value …]
 
 The output directory holds `float/` and `compressed/` checkpoints (and the same under `baseline/`, trained without R2
-from the same seed); `compressed/README.md` is the card, and `compressed/manifest.json` what it is rendered from.
+from the same seed); `compressed/README.md` is the card, and `compressed/manifest.json` what it is rendered from. A
+model trained through its compression (`r2_aware`) has no float checkpoint; it is compared with the baseline's.
 """
 
 import copy
@@ -31,10 +32,11 @@ from transformers import (
 from hf_r2 import R2QuantizationConfig, R2Quantizer, R2Trainer, R2TrainingArguments, weight_statistics
 from hf_r2.evaluation import evaluate_classifier
 from hf_r2.files import atomic_directory, weight_file_bytes
-from hf_r2.refine import batch_norms
+from hf_r2.refine import batch_norms, reestimate_batch_norm
 from hf_r2.report import Manifest, render_card, result_table, weight_histograms
 
 PICTURE_NAME = "weights.png"
+AS_TRAINED = "compressed_as_trained"
 
 logger = logging.getLogger(__name__)
 
@@ -100,16 +102,21 @@ def main() -> None:
 
     rows, models = [], {}
     arms = (
-        [("baseline", output / "baseline"), ("R2", output)] if recipe.with_baseline else [(arm_name(training), output)]
+        [("baseline", output / "baseline"), (arm_name(training), output)]
+        if recipe.with_baseline
+        else [(arm_name(training), output)]
     )
     for arm, directory in arms:
         arguments = copy.deepcopy(training)
         arguments.output_dir = str(directory)
         if arm == "baseline":
-            arguments.r2_mode, arguments.hub_model_id = "none", None
+            arguments.r2_mode, arguments.r2_aware, arguments.hub_model_id = "none", None, None
         trainer = train(recipe, arguments, data, processor)
         if trainer.is_world_process_zero():
-            arm_rows, models[arm] = compress_and_evaluate(arm, recipe, arguments, data)
+            if arguments.r2_aware:
+                arm_rows, models[arm] = evaluate_aware(arm, recipe, trainer, data, rows)
+            else:
+                arm_rows, models[arm] = compress_and_evaluate(arm, recipe, arguments, data)
             rows += arm_rows
     trainer.accelerator.end_training()
     if not trainer.is_world_process_zero():
@@ -137,7 +144,8 @@ def main() -> None:
 
 
 def arm_name(training: R2TrainingArguments) -> str:
-    return "baseline" if training.r2_mode == "none" or training.r2_strength == 0 else "R2"
+    parts = [] if training.r2_mode == "none" or training.r2_strength == 0 else ["R2"]
+    return " + ".join([*parts, training.r2_aware.upper()] if training.r2_aware else parts) or "baseline"
 
 
 def make_processor(recipe: RecipeArguments) -> Any:
@@ -168,7 +176,7 @@ def make_data(recipe: RecipeArguments, processor: Any) -> Data:
 
 
 def train(recipe: RecipeArguments, arguments: R2TrainingArguments, data: Data, processor: Any) -> R2Trainer:
-    """Train one arm and save its float checkpoint; every arm starts from the same seed."""
+    """Train one arm and save its checkpoint, float or as compressed; every arm starts from the same seed."""
     set_seed(arguments.seed)
     trainer = R2Trainer(
         model=make_model(recipe, data.labels),
@@ -176,10 +184,11 @@ def train(recipe: RecipeArguments, arguments: R2TrainingArguments, data: Data, p
         train_dataset=data.train,
         data_collator=default_data_collator,
         processing_class=processor,
+        quantization_config=R2QuantizationConfig(**recipe.quantization) if arguments.r2_aware else None,
     )
     trainer.train()
     if trainer.is_world_process_zero():
-        with atomic_directory(Path(arguments.output_dir) / "float") as scratch:
+        with atomic_directory(Path(arguments.output_dir) / (AS_TRAINED if arguments.r2_aware else "float")) as scratch:
             trainer.save_model(str(scratch))
             (scratch / "training_args.bin").unlink(missing_ok=True)
     return trainer
@@ -205,9 +214,7 @@ def compress_and_evaluate(
     directory = Path(arguments.output_dir)
     quantizer = R2Quantizer.from_pretrained(directory / "float")
     config = R2QuantizationConfig(**recipe.quantization)
-    batches = DataLoader(
-        data.evaluation, batch_size=arguments.per_device_eval_batch_size, collate_fn=default_data_collator
-    )
+    batches = loader(data.evaluation, arguments)
 
     model = AutoModelForImageClassification.from_pretrained(directory / "float")
     statistics = weight_statistics(model, config.include, config.skip, config.min_numel)
@@ -216,17 +223,15 @@ def compress_and_evaluate(
     float_bytes = weight_file_bytes(directory / "float")
 
     def row(weights: str, batch_norm: str, metrics: dict[str, Any], size: int) -> dict[str, Any]:
-        facts = {"recipe": arm, "weights": weights, "batch_norm": batch_norm, "crest_factor": crest}
-        recovery = metrics["accuracy"] / floats["accuracy"] if floats["accuracy"] else 0.0
-        return {**facts, **metrics, "recovery": recovery, "bytes": size, "ratio": float_bytes / size}
+        return result_row(arm, weights, batch_norm, metrics, crest, size, (floats["accuracy"], float_bytes))
 
     has_batch_norm = bool(batch_norms(model))
     as_trained = "as trained" if has_batch_norm else "none"
     rows = [row("float", as_trained, floats, float_bytes)]
     variants = [("compressed", as_trained, [])]
     if has_batch_norm and recipe.reestimate_batch_norm:
-        variants = [("compressed_as_trained", as_trained, []), ("compressed", "re-estimated", ["batch_norm"])]
-    calibration = data.train.select(range(min(recipe.calibration_examples, len(data.train))))
+        variants = [(AS_TRAINED, as_trained, []), ("compressed", "re-estimated", ["batch_norm"])]
+    calibration = calibration_data(recipe, data)
     for folder, batch_norm, refine in variants:
         config = R2QuantizationConfig(**{**recipe.quantization, "refine": refine})
         quantizer.quantize(directory / folder, config, calibration, arguments.per_device_eval_batch_size)
@@ -236,6 +241,74 @@ def compress_and_evaluate(
     names = [weight.name for weight in statistics if config.settings_for(weight.name).bits == config.bits]
     weights = [[candidate.get_parameter(name) for name in names] for candidate in (model, compressed)]
     return rows, (weights[0], weights[1])
+
+
+def evaluate_aware(
+    arm: str, recipe: RecipeArguments, trainer: R2Trainer, data: Data, before: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Evaluate a model that was trained through its compression, as [`compress_and_evaluate`] does.
+
+    Recovery and ratio refer to the first float row of the arms before it.
+    """
+    directory, arguments = Path(trainer.args.output_dir), trainer.args
+    batches = loader(data.evaluation, arguments)
+    facts = Manifest.load(directory / AS_TRAINED).last("quantize")
+    crest = sum(weight["crest_factor"] for weight in facts["weights"]) / len(facts["weights"])
+    floats = next((row for row in before if row["weights"] == "float"), None)
+    reference = (floats["accuracy"], floats["bytes"]) if floats else (None, facts["bytes"]["float"])
+    bits = facts["quantization_config"]["bits"]
+    if batch_norms(trainer.model):
+        folders = {AS_TRAINED: "as trained", "compressed": "re-estimated"}
+        reestimate(directory / AS_TRAINED, directory / "compressed", loader(calibration_data(recipe, data), arguments))
+    else:
+        (directory / AS_TRAINED).rename(directory / "compressed")
+        folders = {"compressed": "none"}
+    rows = []
+    for folder, batch_norm in folders.items():
+        model = AutoModelForImageClassification.from_pretrained(directory / folder)
+        metrics = evaluate_classifier(model, batches, f"Evaluating {arm}, {bits}-bit, {batch_norm}")
+        size = weight_file_bytes(directory / folder)
+        rows.append(result_row(arm, f"{bits}-bit", batch_norm, metrics, crest, size, reference))
+    names = [weight["name"] for weight in facts["weights"] if weight["codec"]["bits"] == bits]
+    latent = trainer.compression.floats.weights
+    return rows, ([latent[name] for name in names], [model.get_parameter(name) for name in names])
+
+
+def reestimate(source: Path, target: Path, batches: DataLoader) -> None:
+    """Copy a compressed checkpoint with batch norm re-estimated."""
+    model = AutoModelForImageClassification.from_pretrained(source)
+    reestimate_batch_norm(model, ({"pixel_values": batch["pixel_values"]} for batch in batches))
+    model.hf_quantizer.quantization_config.refine = ["batch_norm"]
+    manifest = Manifest.load(source)
+    manifest.last("quantize")["quantization_config"]["refine"] = ["batch_norm"]
+    with atomic_directory(target) as scratch:
+        model.save_pretrained(scratch)
+        AutoImageProcessor.from_pretrained(source).save_pretrained(scratch)
+        manifest.save(scratch)
+
+
+def loader(split: Dataset, arguments: R2TrainingArguments) -> DataLoader:
+    return DataLoader(split, batch_size=arguments.per_device_eval_batch_size, collate_fn=default_data_collator)
+
+
+def calibration_data(recipe: RecipeArguments, data: Data) -> Dataset:
+    return data.train.select(range(min(recipe.calibration_examples, len(data.train))))
+
+
+def result_row(
+    arm: str,
+    weights: str,
+    batch_norm: str,
+    metrics: dict[str, Any],
+    crest: float,
+    size: int,
+    reference: tuple[float | None, int],
+) -> dict[str, Any]:
+    """Lay out a row of the results table; the reference is accuracy and bytes of the float model."""
+    accuracy, float_bytes = reference
+    recovery = metrics["accuracy"] / accuracy if accuracy else None
+    facts = {"recipe": arm, "weights": weights, "batch_norm": batch_norm, "crest_factor": crest}
+    return {**facts, **metrics, "recovery": recovery, "bytes": size, "ratio": float_bytes / size}
 
 
 if __name__ == "__main__":

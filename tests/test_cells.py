@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_r2 import RangeProjection
-from hf_r2.cells import CELL, cell_peaks, crowded, excess, pick_cells
+from hf_r2.cells import CELL, cell_peaks, cell_size, crowded, excess, pick_cells
 from hf_r2.losses import RangeLoss
 from hf_r2.projection import prox_l_inf
 

@@ -55,13 +55,22 @@ class Encoded:
         return CODECS[self.settings.method].codebook_like(self.shape, self.settings)
 
     @property
+    def code_count(self) -> int:
+        """Number of codes: one for every element, or with a `cluster_dim` d one for up to d elements of a group."""
+        return CODECS[self.settings.method].code_count(self.shape, self.settings)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed codes and the codebook."""
         return self.codes.nbytes + sum(tensor.nbytes for tensor in self.codebook.values())
 
     @property
     def bits_per_weight(self) -> float:
-        """True bits per weight: 4 bits at grain 32 with a float32 scale are (32 · 4 + 32) / 32 = 5."""
+        """True bits per weight: 4 bits at grain 32 with a float32 scale are (32 · 4 + 32) / 32 = 5.
+
+        4 bits over 4 elements of a tensor of 4096, with a table of 16 vectors of 4 float32 values, are
+        (1024 · 4 + 16 · 4 · 32) / 4096 = 1.5.
+        """
         return 8 * self.nbytes / self.shape.numel()
 
 
@@ -97,5 +106,6 @@ def decode(encoded: Encoded) -> Tensor:
     Raises:
         ValueError: if the packed codes do not fit the shape.
     """
-    codes = unpack(encoded.codes, encoded.bits, encoded.shape.numel()).reshape(encoded.shape)
-    return CODECS[encoded.settings.method].dequantize(codes, encoded.codebook, encoded.settings).to(encoded.dtype)
+    codes = unpack(encoded.codes, encoded.bits, encoded.code_count)
+    codec = CODECS[encoded.settings.method]
+    return codec.dequantize(codes, encoded.codebook, encoded.settings, encoded.shape).to(encoded.dtype)

@@ -1,6 +1,9 @@
-"""Palettes: every group has a look-up table (LUT) of 2^bits values, and codes index it.
+"""Palettes: every group has a look-up table (LUT) of 2^bits entries, and codes index it.
 
-The tables are the optimal one-dimensional k-means of the group. A table is sorted; codes name its nearest value.
+An entry is one value (`cluster_dim` 1) or a vector of d values, which consecutive elements of a group share: b bits of
+code over d elements are b/d bits per weight, plus the tables (Cho et al., DKM, arXiv 2108.12659, its multi-dimensional
+clusters). Tables of values are the optimal one-dimensional k-means of the group and ascend; tables of vectors come from
+k-means and are in lexicographic order. A code names the nearest entry.
 """
 
 from collections.abc import Sequence
@@ -9,28 +12,89 @@ import torch
 from torch import Tensor
 
 from hf_r2.codecs.kmeans import kmeans_1d
+from hf_r2.codecs.kmeans_vectors import kmeans_vectors, nearest_vector
 from hf_r2.codecs.settings import CodecSettings
-from hf_r2.grain import blocks, group_counts, join
+from hf_r2.grain import blocks, group_counts, group_sizes, join
 
 
 def codebook_like(shape: Sequence[int], settings: CodecSettings) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name the codebook tensors of a weight of this shape, with their shapes and dtypes."""
-    return {"lut": ((sum(group_counts(shape, settings.grain)), 2**settings.bits), torch.float32)}
+    size = (sum(group_counts(shape, settings.grain)), 2**settings.bits)
+    return {"lut": (size if settings.cluster_dim == 1 else (*size, settings.cluster_dim), torch.float32)}
+
+
+def code_count(shape: Sequence[int], settings: CodecSettings) -> int:
+    """Count the codes of a weight of this shape: ⌈n / d⌉ for a group of n elements."""
+    return sum(groups * codes for groups, codes in _code_shapes(shape, settings))
 
 
 def quantize(weight: Tensor, settings: CodecSettings) -> tuple[Tensor, dict[str, Tensor]]:
-    """Quantize a weight `(out, in, …)` to uint8 codes of its shape and a codebook (the tables)."""
+    """Quantize a weight `(out, in, …)` to uint8 codes, shaped as those of [`assign`], and a codebook (the tables)."""
+    k = 2**settings.bits
     parts = blocks(weight, settings.grain)
-    tables = [kmeans_1d(block, 2**settings.bits) for block in parts]
-    codes = [nearest(block.float(), table) for block, table in zip(parts, tables, strict=True)]
-    return join(codes, weight.shape, settings.grain), {"lut": torch.cat(tables)}
+    if settings.cluster_dim == 1:
+        lut = torch.cat([kmeans_1d(block, k) for block in parts])
+    else:
+        lut = torch.cat([kmeans_vectors(vectors(block.float(), settings.cluster_dim), k) for block in parts])
+    return assign(weight, lut, settings), {"lut": lut}
 
 
-def dequantize(codes: Tensor, codebook: dict[str, Tensor], settings: CodecSettings) -> Tensor:
-    """Turn uint8 codes `(out, in, …)` and their codebook into the float32 weight."""
-    tables = codebook["lut"].split(group_counts(codes.shape, settings.grain))
-    parts = [table.gather(1, code.long()) for code, table in zip(blocks(codes, settings.grain), tables, strict=True)]
-    return join(parts, codes.shape, settings.grain)
+@torch.no_grad()
+def assign(weight: Tensor, lut: Tensor, settings: CodecSettings) -> Tensor:
+    """Give every element, or every vector of elements, the code of the nearest entry of its group's table.
+
+    Args:
+        weight: `(out, in, …)`, any float dtype.
+        lut: the tables, float32, `(groups, 2^bits)` with every row ascending, or for `cluster_dim` d > 1
+            `(groups, 2^bits, d)` in any order.
+        settings: grain and `cluster_dim` of the weight.
+
+    Returns:
+        uint8 codes, of the weight's shape for `cluster_dim` 1, else flat `(code_count,)`: block by block of the grain,
+        in a block group by group. At equal distances the lowest code wins.
+    """
+    parts = blocks(weight, settings.grain)
+    tables = lut.split([len(block) for block in parts])
+    if settings.cluster_dim == 1:
+        codes = [nearest(block.float(), table) for block, table in zip(parts, tables, strict=True)]
+        return join(codes, weight.shape, settings.grain)
+    pairs = zip(parts, tables, strict=True)
+    return torch.cat(
+        [nearest_vector(vectors(block.float(), settings.cluster_dim), table).flatten() for block, table in pairs]
+    )
+
+
+def dequantize(
+    codes: Tensor, codebook: dict[str, Tensor], settings: CodecSettings, shape: Sequence[int] | None = None
+) -> Tensor:
+    """Turn codes and their codebook into the float32 weight.
+
+    Args:
+        codes: uint8, flat or, for `cluster_dim` 1, of the weight's shape.
+        codebook: the tables, as [`codebook_like`] names them.
+        settings: grain and `cluster_dim` of the weight.
+        shape: the weight's shape, output channels first; needed where the codes do not have it.
+    """
+    shape = codes.shape if shape is None else torch.Size(shape)
+    tables = codebook["lut"].split(group_counts(shape, settings.grain))
+    if settings.cluster_dim == 1:
+        parts = blocks(codes.reshape(shape), settings.grain)
+        return join([t.gather(1, c.long()) for c, t in zip(parts, tables, strict=True)], shape, settings.grain)
+    runs = _code_shapes(shape, settings)
+    flat = codes.split([groups * count for groups, count in runs])
+    entries = [_look_up(c.view(run), t) for c, run, t in zip(flat, runs, tables, strict=True)]
+    sizes = group_sizes(shape, settings.grain)
+    return join([part[:, :size] for part, size in zip(entries, sizes, strict=True)], shape, settings.grain)
+
+
+def vectors(block: Tensor, d: int) -> Tensor:
+    """Cut the groups of a block `(groups, n)` into vectors `(groups, ⌈n / d⌉, d)` of consecutive elements.
+
+    If d does not divide n, the last vector is completed with the group's first elements, around and around if n < d.
+    """
+    n = block.shape[1]
+    missing = torch.arange(-n % d, device=block.device) % n
+    return torch.cat([block, block[:, missing]], dim=1).view(len(block), -1, d)
 
 
 def nearest(block: Tensor, table: Tensor) -> Tensor:
@@ -41,3 +105,16 @@ def nearest(block: Tensor, table: Tensor) -> Tensor:
     # Halved before they are added: the sum of two large float32 values could overflow
     midpoints = table[:, :-1] / 2 + table[:, 1:] / 2
     return torch.searchsorted(midpoints.contiguous(), block.contiguous()).to(torch.uint8)
+
+
+def _code_shapes(shape: Sequence[int], settings: CodecSettings) -> list[tuple[int, int]]:
+    """Count the groups, and the codes of a group, in each block of the grain."""
+    counts, sizes = group_counts(shape, settings.grain), group_sizes(shape, settings.grain)
+    return [(groups, -(-size // settings.cluster_dim)) for groups, size in zip(counts, sizes, strict=True)]
+
+
+def _look_up(codes: Tensor, tables: Tensor) -> Tensor:
+    """Entries of codes `(groups, m)` in tables `(groups, k, d)`, side by side: `(groups, m · d)`."""
+    groups, k, _ = tables.shape
+    rows = codes + k * torch.arange(groups, device=codes.device)[:, None]
+    return tables.flatten(0, 1)[rows].flatten(1)

@@ -7,6 +7,7 @@ from hf_r2.grain import Grain, parse_grain
 METHODS = ("uniform", "palette")
 GRIDS = ("restricted", "full", "midrise")
 RANGES = ("min_max", "mse")
+_OPTIONS = {"symmetric": "uniform", "grid": "uniform", "range": "uniform", "cluster_dim": "palette"}
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class CodecSettings:
         grid: symmetric uniform only: `"restricted"` (the default; 2 bits are {−1, 0, 1}·max|W|), `"full"` (one more
             level on the negative side) or `"midrise"` (2^bits levels, none of them zero).
         range: uniform only: `"min_max"` (the default) or `"mse"`, the range of least squared error.
+        cluster_dim: palette only: elements that share a code, 1 (the default) to 64. The entries of a look-up table
+            are vectors of so many values, and b bits of code make b / cluster_dim bits per weight.
 
     Raises:
         ValueError: for a value outside these, and for an option that the method does not have.
@@ -32,6 +35,7 @@ class CodecSettings:
     symmetric: bool | None = None
     grid: str | None = None
     range: str | None = None
+    cluster_dim: int | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -41,12 +45,13 @@ class CodecSettings:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not fewest <= self.bits <= 8:
             hint = "; method='palette' goes down to 1 bit" if self.method == "uniform" else ""
             raise ValueError(f"bits={self.bits!r} is not a whole number from {fewest} to 8 for {self.method}{hint}")
+        for option, method in _OPTIONS.items():
+            if method != self.method and getattr(self, option) is not None:
+                raise ValueError(f"{option!r} is an option of method {method!r}; remove it for {self.method!r}")
         if self.method == "uniform":
             self._complete_uniform()
         else:
-            for option in ("symmetric", "grid", "range"):
-                if getattr(self, option) is not None:
-                    raise ValueError(f"{option!r} is an option of method 'uniform'; remove it for {self.method!r}")
+            self._complete_palette()
 
     def _complete_uniform(self) -> None:
         if self.symmetric is None:
@@ -64,9 +69,19 @@ class CodecSettings:
         if self.range not in RANGES:
             raise ValueError(f"unknown range {self.range!r}: use one of {', '.join(RANGES)}")
 
+    def _complete_palette(self) -> None:
+        if self.cluster_dim is None:
+            object.__setattr__(self, "cluster_dim", 1)
+        whole = isinstance(self.cluster_dim, int) and not isinstance(self.cluster_dim, bool)
+        if not whole or not 1 <= self.cluster_dim <= 64:
+            raise ValueError(f"cluster_dim={self.cluster_dim!r} is not a whole number from 1 to 64")
+
     def to_dict(self) -> dict[str, str | int | bool]:
-        """Return the settings that the method has, as JSON holds them."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        """Return the settings that the method has, as JSON holds them; a `cluster_dim` of 1 goes without saying."""
+        content = {key: value for key, value in asdict(self).items() if value is not None}
+        if self.cluster_dim == 1:
+            del content["cluster_dim"]
+        return content
 
     def settings_for(self, name: str | None) -> "CodecSettings":
         """Return these settings: the same for every weight. A quantization config answers by name."""

@@ -30,6 +30,11 @@ def codebook_like(shape: Sequence[int], settings: CodecSettings) -> dict[str, tu
     return tensors
 
 
+def code_count(shape: Sequence[int], settings: CodecSettings) -> int:
+    """Count the codes of a weight of this shape: one for every element."""
+    return torch.Size(shape).numel()
+
+
 def quantize(weight: Tensor, settings: CodecSettings) -> tuple[Tensor, dict[str, Tensor]]:
     """Quantize a weight `(out, in, …)` to uint8 codes of its shape and a codebook (scale and, if affine, zero)."""
     codes, scales, offsets = [], [], []
@@ -47,8 +52,11 @@ def quantize(weight: Tensor, settings: CodecSettings) -> tuple[Tensor, dict[str,
     return join(codes, weight.shape, settings.grain), codebook
 
 
-def dequantize(codes: Tensor, codebook: dict[str, Tensor], settings: CodecSettings) -> Tensor:
-    """Turn uint8 codes `(out, in, …)` and their codebook into the float32 weight."""
+def dequantize(
+    codes: Tensor, codebook: dict[str, Tensor], settings: CodecSettings, shape: Sequence[int] | None = None
+) -> Tensor:
+    """Turn uint8 codes and their codebook into the float32 weight, of the codes' shape unless another is given."""
+    codes = codes if shape is None else codes.reshape(tuple(shape))
     counts = group_counts(codes.shape, settings.grain)
     offset = codebook["zero"].float() if "zero" in codebook else _symmetric_offset(codebook["scale"], settings)
     parts = zip(blocks(codes, settings.grain), codebook["scale"].split(counts), offset.split(counts), strict=True)

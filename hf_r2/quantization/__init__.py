@@ -7,6 +7,7 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 
+from hf_r2.quantization.attach import attach, attached, detach, finalize, start_compression
 from hf_r2.quantization.config import QUANT_METHOD, R2QuantizationConfig
 from hf_r2.quantization.hf_quantizer import R2HfQuantizer, compress
 from hf_r2.quantization.quantizer import R2Quantizer
@@ -17,4 +18,14 @@ if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantizer(QUANT_METHOD)(R2HfQuantizer)
 
-__all__ = ["R2HfQuantizer", "R2QuantizationConfig", "R2Quantizer", "compress"]
+__all__ = [
+    "R2HfQuantizer",
+    "R2QuantizationConfig",
+    "R2Quantizer",
+    "attach",
+    "attached",
+    "compress",
+    "detach",
+    "finalize",
+    "start_compression",
+]

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_r2.aware import AWARE_METHODS, DKMOptions
 from hf_r2.codecs import CodecSettings
 from hf_r2.grain import Grain
 from hf_r2.refine import REFINEMENTS
@@ -27,11 +28,15 @@ class R2QuantizationConfig(QuantizationConfigMixin):
         symmetric: see [`CodecSettings`].
         grid: see [`CodecSettings`].
         range: see [`CodecSettings`].
+        cluster_dim: see [`CodecSettings`].
         overrides: settings by parameter name or shell pattern: `{"classifier.*": {"bits": 8}}`, or the same as a list
             of pairs. Later ones win; one that changes the method leaves the other method's options behind.
         include: patterns of the weights to compress, see [`select_weights`]; every Linear and Conv without.
         skip: patterns of weights that stay as they are.
         min_numel: smallest number of elements that is compressed.
+        aware: compression-aware training method, one of `AWARE_METHODS`, for [`attach`] and the Trainer; None
+            compresses after training.
+        aware_options: options of the method, see [`DKMOptions`].
         refine: steps after compression, in this order: `"batch_norm"` re-estimates batch-norm statistics on
             unlabelled calibration data ([`R2Quantizer.quantize`] does it).
         format_version: version of the on-disk format; written by hf_r2.
@@ -50,10 +55,13 @@ class R2QuantizationConfig(QuantizationConfigMixin):
         symmetric: bool | None = None,
         grid: str | None = None,
         range: str | None = None,
+        cluster_dim: int | None = None,
         overrides: Mapping[str, Mapping[str, Any]] | Sequence[tuple[str, Mapping[str, Any]]] | None = None,
         include: Sequence[str] | None = None,
         skip: Sequence[str] | None = None,
         min_numel: int = 0,
+        aware: str | None = None,
+        aware_options: Mapping[str, Any] | None = None,
         refine: Sequence[str] = (),
         format_version: int = FORMAT_VERSION,
         sha256: Mapping[str, Any] | None = None,
@@ -66,16 +74,19 @@ class R2QuantizationConfig(QuantizationConfigMixin):
                 f"the checkpoint has format version {format_version!r}, this hf_r2 reads up to {FORMAT_VERSION}: "
                 "upgrade with `pip install -U hf_r2`"
             )
-        known = (*_CODEC_OPTIONS, "overrides", "include", "skip", "min_numel", "refine")
+        known = (*_CODEC_OPTIONS, "overrides", "include", "skip", "min_numel", "aware", "aware_options", "refine")
         _refuse_unknown(unknown, known, "R2QuantizationConfig")
         self.quant_method = QUANT_METHOD
-        base = CodecSettings(method, bits, grain, symmetric, grid, range)
+        base = CodecSettings(method, bits, grain, symmetric, grid, range, cluster_dim)
         for option in _CODEC_OPTIONS:
             setattr(self, option, getattr(base, option))
         self.overrides = _pairs(overrides)
         self.include = _strings(include, "include")
         self.skip = _strings(skip, "skip")
         self.min_numel = min_numel
+        self.aware = aware
+        self.aware_options = dict(aware_options or {})
+        self._check_aware()
         self.refine = _strings(refine, "refine")
         self.format_version = format_version
         self.sha256 = sha256
@@ -92,6 +103,18 @@ class R2QuantizationConfig(QuantizationConfigMixin):
             _refuse_unknown(options, _CODEC_OPTIONS, f"overrides[{pattern!r}]")
             _override(base, options)
 
+    def _check_aware(self) -> None:
+        if self.aware is None:
+            if self.aware_options:
+                raise ValueError(f"aware_options={self.aware_options} without a method: set aware to one")
+            return
+        if self.aware not in AWARE_METHODS:
+            raise ValueError(f"unknown method aware={self.aware!r}: use one of {', '.join(AWARE_METHODS)}")
+        if self.method != "palette":
+            raise ValueError(f"aware={self.aware!r} trains palettes: set method='palette'")
+        _refuse_unknown(self.aware_options, DKMOptions.names(), "aware_options")
+        DKMOptions(**self.aware_options)
+
     def settings_for(self, name: str | None) -> CodecSettings:
         """Return the codec settings of the weight of this name: the config's own, with every override that matches."""
         settings = CodecSettings(**{option: getattr(self, option) for option in _CODEC_OPTIONS})
@@ -106,7 +129,8 @@ class R2QuantizationConfig(QuantizationConfigMixin):
         Overrides are a list, because transformers sorts the keys of config.json, and their order counts.
         """
         content = {"quant_method": self.quant_method, **self.settings_for(None).to_dict()}
-        for key in ("overrides", "include", "skip", "min_numel", "refine", "format_version", "sha256"):
+        optional = ("overrides", "include", "skip", "min_numel", "aware", "aware_options", "refine")
+        for key in (*optional, "format_version", "sha256"):
             if getattr(self, key):
                 content[key] = getattr(self, key)
         return content

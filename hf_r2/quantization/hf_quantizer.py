@@ -1,5 +1,6 @@
 """The transformers quantizer behind `from_pretrained` and `save_pretrained`; the format is on FORMAT.md."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer
 
-from hf_r2.codecs import Encoded, decode, encode
+from hf_r2.codecs import CODECS, Encoded, decode, encode
 from hf_r2.codecs.bitpack import packed_size
 from hf_r2.quantization.config import R2QuantizationConfig
 from hf_r2.quantization.integrity import content_digests, verify_content, verify_layout, verify_settings
@@ -64,7 +65,8 @@ class R2HfQuantizer(HfQuantizer):
                 weight = getattr(module, attribute)
                 settings = self.quantization_config.settings_for(name)
                 shape = output_first(module, weight).shape
-                codes = torch.empty(packed_size(weight.numel(), settings.bits), dtype=torch.uint8, device="meta")
+                count = CODECS[settings.method].code_count(shape, settings)
+                codes = torch.empty(packed_size(count, settings.bits), dtype=torch.uint8, device="meta")
                 self.encoded[name] = Encoded(codes, {}, shape, weight.dtype, settings)
             verify_settings(self.encoded, self.quantization_config.sha256)
         except ValueError as error:
@@ -87,7 +89,7 @@ class R2HfQuantizer(HfQuantizer):
             verify_content(*self._tensors(model), self.quantization_config.sha256)
         weights = tqdm(selection.items(), desc="Compressing", unit="weight", disable=self.pre_quantized)
         for name, (module, attribute) in weights:
-            if not self.pre_quantized:
+            if not self.pre_quantized and name not in self.encoded:
                 weight = output_first(module, getattr(module, attribute))
                 self.encoded[name] = encode(weight, self.quantization_config, name)
             decoded = output_first(module, decode(self.encoded[name])).contiguous()
@@ -159,8 +161,15 @@ class R2HfQuantizer(HfQuantizer):
         return False
 
 
-def compress(model: PreTrainedModel, config: R2QuantizationConfig) -> PreTrainedModel:
+def compress(
+    model: PreTrainedModel, config: R2QuantizationConfig, encoded: Mapping[str, Encoded] | None = None
+) -> PreTrainedModel:
     """Compress a float model in place, so that `save_pretrained` writes packed codes.
+
+    Args:
+        model: float model.
+        config: how its weights are compressed.
+        encoded: weights that are compressed already, by parameter name.
 
     Raises:
         ValueError: if it is already compressed, or as `encode` and `select_weights` do.
@@ -168,6 +177,7 @@ def compress(model: PreTrainedModel, config: R2QuantizationConfig) -> PreTrained
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("the model is already quantized; load the float checkpoint again, or call model.dequantize()")
     quantizer = R2HfQuantizer(config, pre_quantized=False)
+    quantizer.encoded.update(encoded or {})
     quantizer.postprocess_model(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True

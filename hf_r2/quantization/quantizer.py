@@ -3,7 +3,7 @@
 import inspect
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 from optimum.quantization_base import OptimumQuantizer
 from optimum.utils.save_utils import maybe_load_preprocessors
-from torch import Tensor
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, PreTrainedModel, default_data_collator
 
@@ -21,7 +21,7 @@ from hf_r2.quantization.config import R2QuantizationConfig
 from hf_r2.quantization.hf_quantizer import compress
 from hf_r2.refine import reestimate_batch_norm
 from hf_r2.report.manifest import Manifest
-from hf_r2.report.statistics import WeightStatistics, moments, weight_statistics
+from hf_r2.report.statistics import moments, weight_statistics
 from hf_r2.selection import output_first, select_weights
 
 
@@ -76,13 +76,7 @@ class R2Quantizer(OptimumQuantizer):
         if quantization_config.refine and calibration_dataset is None:
             raise ValueError(f"refine={quantization_config.refine} needs a calibration_dataset")
         model = load_float_model(self.source)
-        patterns = (quantization_config.include, quantization_config.skip, quantization_config.min_numel)
-        before = weight_statistics(model, *patterns)
-        selection = select_weights(model, *patterns)
-        originals = {
-            name: output_first(module, getattr(module, attribute)).detach().clone()
-            for name, (module, attribute) in selection.items()
-        }
+        floats = FloatWeights(model, quantization_config)
         float_bytes = weight_file_bytes(self.source) or sum(tensor.nbytes for tensor in model.state_dict().values())
         compress(model, quantization_config)
         if "batch_norm" in quantization_config.refine:
@@ -97,7 +91,7 @@ class R2Quantizer(OptimumQuantizer):
                 "quantize",
                 base_model=manifest.last("train").get("hub_model_id") or _base_model(self.source),
                 quantization_config=quantization_config.to_dict(),
-                weights=_weight_facts(model.hf_quantizer.encoded, originals, before),
+                weights=floats.compared_with(model.hf_quantizer.encoded),
                 bytes={"float": float_bytes, "compressed": weight_file_bytes(scratch)},
                 seconds=time.perf_counter() - start,
             )
@@ -143,25 +137,42 @@ def _batches(model: PreTrainedModel, dataset: Any, batch_size: int) -> Iterable[
         yield {key: value for key, value in batch.items() if key in accepted}
 
 
-def _weight_facts(
-    encoded: Mapping[str, Encoded], originals: Mapping[str, Tensor], before: Sequence[WeightStatistics]
-) -> list[dict[str, Any]]:
-    """Per weight: statistics of the float weight, how it was compressed, and moments of the compressed one."""
-    facts = []
-    for statistics in before:
-        compressed, original = encoded[statistics.name], originals[statistics.name]
-        decoded = decode(compressed)
-        facts.append(
-            {
-                **asdict(statistics),
-                "codec": compressed.settings.to_dict(),
-                "bits_per_weight": compressed.bits_per_weight,
-                "mse": mse(original, decoded),
-                "compressed_sqnr": sqnr(original, decoded),
-                "compressed": moments(decoded),
-            }
-        )
-    return facts
+class FloatWeights:
+    """The weights that a config compresses, as they are before, for the manifest.
+
+    Attributes:
+        weights: copies by parameter name, output channels first.
+
+    Args:
+        model: float model, also one that trains through compression.
+        config: which weights it compresses.
+    """
+
+    def __init__(self, model: nn.Module, config: R2QuantizationConfig) -> None:
+        patterns = (config.include, config.skip, config.min_numel)
+        self._statistics = weight_statistics(model, *patterns)
+        self.weights = {
+            name: output_first(module, getattr(module, attribute)).detach().clone()
+            for name, (module, attribute) in select_weights(model, *patterns).items()
+        }
+
+    def compared_with(self, encoded: Mapping[str, Encoded]) -> list[dict[str, Any]]:
+        """Per weight: its statistics, how it was compressed, and moments of the compressed one."""
+        facts = []
+        for statistics in self._statistics:
+            compressed, original = encoded[statistics.name], self.weights[statistics.name]
+            decoded = decode(compressed)
+            facts.append(
+                {
+                    **asdict(statistics),
+                    "codec": compressed.settings.to_dict(),
+                    "bits_per_weight": compressed.bits_per_weight,
+                    "mse": mse(original, decoded),
+                    "compressed_sqnr": sqnr(original, decoded),
+                    "compressed": moments(decoded),
+                }
+            )
+        return facts
 
 
 def _base_model(source: str) -> str:

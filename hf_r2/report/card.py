@@ -16,6 +16,9 @@ METHOD_SENTENCES = {
     "uniform": "uniform quantization, whose levels are equally spaced",
     "palette": "palettes: look-up tables found by optimal one-dimensional k-means",
 }
+VECTOR_SENTENCE = (
+    "palettes of vectors: look-up tables found by k-means, whose {bits}-bit codes each name {cluster_dim} weights"
+)
 LOSS_SENTENCES = {
     "l_inf": "the largest magnitude of each group",
     "margin": "a learnable margin of each group and what stands outside it",
@@ -66,10 +69,11 @@ def _card_facts(manifest: Manifest) -> dict[str, Any]:
     elements = [math.prod(weight["shape"]) for weight in weights]
     bits = sum(w["bits_per_weight"] * n for w, n in zip(weights, elements, strict=True)) / sum(elements)
     return {
-        "name": evaluate.get("name") or f"{quantize['base_model']}-{config['bits']}bit",
+        "name": evaluate.get("name") or f"{quantize['base_model']}-{config['bits']}bit{_over(config, '-over-')}",
         "base_model": quantize["base_model"],
-        "config": config,
-        "method_sentence": METHOD_SENTENCES[config["method"]],
+        "config": {**config, "bits": f"{config['bits']}{_over(config, '/')}"},
+        "bits_tag": f"{config['bits']}-bit{_over(config, '-over-')}",
+        "method_sentence": (VECTOR_SENTENCE if _over(config) else METHOD_SENTENCES[config["method"]]).format(**config),
         "r2_sentence": _r2_sentence(train.get("r2")),
         "model_class": evaluate.get("model_class"),
         "pipeline_tag": evaluate.get("pipeline_tag"),
@@ -116,7 +120,7 @@ def _metadata(facts: dict[str, Any]) -> ModelCardData:
             "hf_r2",
             *(["range-regularization"] if facts["r2_sentence"] else []),
             config["method"],
-            f"{config['bits']}-bit",
+            facts["bits_tag"],
         ],
         model_name=facts["name"] if results else None,
         eval_results=results,
@@ -135,13 +139,18 @@ def _r2_sentence(r2: dict[str, Any] | None) -> str | None:
     return RESTRICTION_SENTENCES[r2["r2_mode"]].format(loss=LOSS_SENTENCES[r2["r2_loss"]], strength=strength, **r2)
 
 
+def _over(codec: dict[str, Any], separator: str = "") -> str:
+    """Say over how many weights a code reaches, after a separator; nothing for one."""
+    return f"{separator}{codec['cluster_dim']}" if codec.get("cluster_dim", 1) > 1 else ""
+
+
 def _weight_table(weights: list[dict[str, Any]]) -> str:
     header = ("weight", "shape", "codec", "bits per weight", "crest factor", "kurtosis", "SQNR (dB)")
     rows = [
         (
             f"`{weight['name']}`",
             "×".join(map(str, weight["shape"])),
-            f"{weight['codec']['method']} {weight['codec']['bits']}-bit, {weight['codec']['grain']}",
+            "{method} {bits}-bit{over}, {grain}".format(**weight["codec"], over=_over(weight["codec"], " over ")),
             f"{weight['bits_per_weight']:.2f}",
             f"{weight['crest_factor']:.2f}",
             f"{weight['kurtosis']:.2f}",

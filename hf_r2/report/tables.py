@@ -59,7 +59,9 @@ def result_table(runs: Sequence[Sequence[Row]]) -> str:
 
 
 def _spread(rows: Sequence[Row], key: str, pattern: str) -> str:
-    """Format a value, or the mean ± standard deviation of several that differ."""
+    """Format a value, or the mean ± standard deviation of several that differ; nothing where none was measured."""
     values = [row[key] for row in rows]
+    if None in values:
+        return ""
     mean = pattern.format(fmean(values))
     return mean if len(set(values)) == 1 else f"{mean} ± {pattern.format(stdev(values))}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from hf_r2.aware import AWARE_METHODS
 from hf_r2.grain import parse_grain
 from hf_r2.losses import RANGE_LOSSES
 from hf_r2.projection import PROJECTIONS
@@ -91,6 +92,17 @@ class R2TrainingArguments(TrainingArguments):
         default=0.01, metadata={"help": "Learning rate of learnable margins and temperatures (plain SGD)."}
     )
 
+    r2_aware: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Compression-aware training: one of {', '.join(AWARE_METHODS)}; needs a quantization_config. The "
+            "trained model is compressed."
+        },
+    )
+    r2_aware_start_ratio: float = field(
+        default=0.0, metadata={"help": "Share of the steps after which compression-aware training begins."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, choices in {
@@ -111,6 +123,10 @@ class R2TrainingArguments(TrainingArguments):
             if not isinstance(value, int | float) or not (math.isfinite(value) or unlimited) or value < 0:
                 raise ValueError(f"{name}={value!r} is not a number ≥ 0")
         self._check_auto()
+        if self.r2_aware is not None and self.r2_aware not in AWARE_METHODS:
+            raise ValueError(f"r2_aware={self.r2_aware!r} is not one of {', '.join(AWARE_METHODS)}")
+        if not 0 <= self.r2_aware_start_ratio < 1:
+            raise ValueError(f"r2_aware_start_ratio={self.r2_aware_start_ratio} is not in [0, 1)")
         if not self.r2_clip > 1:
             raise ValueError(f"r2_clip={self.r2_clip} is not above 1, the rms itself")
         if not 0 <= self.r2_start_ratio < self.r2_end_ratio <= 1:

@@ -17,6 +17,10 @@ def require_supported(trainer: "R2Mixin") -> None:
             and chosen strengths under DeepSpeed, whose optimizer keeps weights and gradients to itself; and for range
             losses with optimizers that step inside the backward pass.
     """
+    if trainer.compression is not None and trainer.compression.config.aware:
+        _require_whole_weights(trainer)
+    if trainer.args.r2_mode == "none" or trainer.args.r2_strength == 0:
+        return
     mode, optimizer = trainer.args.r2_mode, str(getattr(trainer.args.optim, "value", trainer.args.optim))
     deepspeed = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     if deepspeed is not None and deepspeed.zero_stage == 3:
@@ -38,6 +42,16 @@ def require_supported(trainer: "R2Mixin") -> None:
         raise ValueError(
             f"optim={optimizer!r} updates weights inside the backward pass, before the R2 gradient is there: use "
             "another optimizer, or r2_mode='clip'"
+        )
+
+
+def _require_whole_weights(trainer: "R2Mixin") -> None:
+    state = trainer.accelerator.state
+    deepspeed = getattr(state, "deepspeed_plugin", None)
+    if getattr(state, "fsdp_plugin", None) is not None or (deepspeed is not None and deepspeed.zero_stage == 3):
+        raise ValueError(
+            f"r2_aware={trainer.compression.config.aware!r} needs whole weights, but FSDP and DeepSpeed ZeRO-3 cut "
+            "them: use DDP (recipes/accelerate_configs/ddp.yaml)"
         )
 
 

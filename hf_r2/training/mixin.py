@@ -15,9 +15,11 @@ from hf_r2.grain import parse_grain
 from hf_r2.losses import RangeLoss
 from hf_r2.moments import require_finite, shapes
 from hf_r2.projection import RangeProjection
+from hf_r2.quantization import R2QuantizationConfig
 from hf_r2.selection import current_weights
 from hf_r2.training.arguments import R2TrainingArguments
 from hf_r2.training.backends import differentiable_loss, require_supported
+from hf_r2.training.compression import TrainedCompression
 from hf_r2.training.strength import CrestTarget, GradientRatioTarget
 
 R2_STATE_NAME = "r2_state.safetensors"
@@ -30,6 +32,9 @@ class _R2Callback(TrainerCallback):
 
     def __init__(self, trainer: "R2Mixin") -> None:
         self.trainer = trainer
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.begin_compression()
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.start_restriction()
@@ -52,27 +57,55 @@ class R2Mixin:
     is added to the finished gradient of the task, before clipping. Evaluation losses stay the task's. Learnable margins
     and temperatures have an optimizer of their own, the only arrangement that runs alone, under DDP and under FSDP2.
 
+    With a `quantization_config`, the model is compressed once it is trained, and `save_model` writes the compressed
+    checkpoint; with a method in its `aware` or in `r2_aware`, it trains through its compression (see [`attach`]).
+    Checkpoints made in training hold the float weights, to resume from.
+
     The trainer's arguments must have the `r2_*` fields of [`R2TrainingArguments`].
+
+    Args:
+        *args: see the trainer.
+        quantization_config: how the model is compressed; None leaves it float.
+        **kwargs: see the trainer.
     """
 
     range_loss: RangeLoss | None = None
     range_projection: RangeProjection | None = None
     final_weights: dict[str, dict[str, float]] | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    compression: TrainedCompression | None = None
+
+    def __init__(self, *args: Any, quantization_config: R2QuantizationConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, R2TrainingArguments):
             raise ValueError(
                 f"{type(self).__name__} needs R2TrainingArguments, got {type(self.args).__name__}: pass "
                 "args=R2TrainingArguments(output_dir), or a subclass of both"
             )
+        if self.args.r2_aware is not None and quantization_config is None:
+            raise ValueError(f"r2_aware={self.args.r2_aware!r} needs a quantization_config that says how to compress")
+        if quantization_config is not None:
+            if self.args.r2_aware is not None:
+                content = {**quantization_config.to_dict(), "aware": self.args.r2_aware}
+                quantization_config = R2QuantizationConfig(**content)
+            self.compression = TrainedCompression(quantization_config, self.args.r2_aware_start_ratio)
         self._regularize(self.model)
         self.add_callback(_R2Callback(self))
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Train from fresh R2 state: `model_init` and a hyper-parameter trial may have changed model and arguments."""
+        if getattr(self.model, "hf_quantizer", None) is not None:
+            raise ValueError("the model is compressed and cannot train: start from a float model, or a checkpoint")
         self._regularize(self.model)
-        return super()._inner_training_loop(*args, **kwargs)
+        output = super()._inner_training_loop(*args, **kwargs)
+        if self.compression is not None:
+            self.compression.finish(self.model)
+        return output
+
+    def begin_compression(self) -> None:
+        """Begin compression-aware training once its time has come."""
+        if self.compression is not None:
+            self.compression.step(self.model, self._progress())
 
     def _regularize(self, model: nn.Module) -> None:
         self._probed = False
@@ -80,9 +113,11 @@ class R2Mixin:
         self._r2_total: Tensor | float = 0.0
         self._r2_steps = 0
         self.range_loss = self.range_optimizer = self.range_projection = self.strength_target = None
+        require_supported(self)
+        if self.compression is not None:
+            self.compression.attach(model)
         if self.args.r2_mode == "none" or self.args.r2_strength == 0:
             return
-        require_supported(self)
         options = {
             "grain": parse_grain(self.args.r2_grain),
             "include": self.args.r2_include,
@@ -203,7 +238,10 @@ class R2Mixin:
         return chosen * self._r2_share()
 
     def _r2_share(self) -> float:
-        return self.args.r2_share(self.state.global_step / max(self.state.max_steps, 1))
+        return self.args.r2_share(self._progress())
+
+    def _progress(self) -> float:
+        return self.state.global_step / max(self.state.max_steps, 1)
 
     def project(self) -> None:
         """Pull the weights back after an optimizer step; a step that mixed precision skipped is none."""
@@ -266,6 +304,8 @@ class R2Mixin:
             for statistic, values in self.weight_summary().items():
                 logs[statistic] = sum(values.values()) / len(values)
                 logs[f"{statistic}_max"] = max(values.values())
+            if self.compression is not None:
+                self.compression.warn(self.model)
         super().log(logs, start_time)
 
     def weight_summary(self) -> dict[str, dict[str, float]]:

@@ -1,11 +1,14 @@
 """`transformers.Trainer` with range regularization."""
 
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
+from hf_r2.files import weight_file_bytes
 from hf_r2.report.manifest import Manifest
 from hf_r2.training.mixin import R2Mixin
 
@@ -31,7 +34,17 @@ class R2Trainer(R2Mixin, Trainer):
         if not _internal_call and self.args.should_save:
             manifest = Manifest()
             manifest.add("train", **self.training_facts())
-            manifest.save(output_dir or self.args.output_dir)
+            directory = output_dir or self.args.output_dir
+            if self.compression is not None and self.compression.facts:
+                facts = dict(self.compression.facts)
+                sizes = {"float": facts.pop("float_bytes"), "compressed": weight_file_bytes(directory)}
+                manifest.add("quantize", base_model=self._base_model(), bytes=sizes, **facts)
+            manifest.save(directory)
+
+    def _base_model(self) -> str:
+        """Name what the compressed model was made from, without a path of this machine."""
+        start = self.model.name_or_path or self.args.hub_model_id or self.args.output_dir
+        return Path(start).name if os.path.exists(start) else start
 
     def training_facts(self) -> dict[str, Any]:
         """Facts of the training stage: R2 arguments, seed, steps, seconds, and the logged curves."""
@@ -40,6 +53,7 @@ class R2Trainer(R2Mixin, Trainer):
             "hub_model_id": self.args.hub_model_id,
             "r2": r2 if self.range_loss or self.range_projection else None,
             "seed": self.args.seed,
+            "aware": self.compression.config.aware if self.compression else None,
             "steps": self.state.global_step,
             "seconds": self._seconds,
             "log_history": self.state.log_history,

@@ -7,31 +7,25 @@ python recipes/benchmarks/range_loss.py --render --check   # exit 1 if README.md
 """
 
 import argparse
-import json
 import math
-import platform
-import re
-import subprocess
-import time
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import date
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import torch
+from benchmarks import measuring
+from benchmarks.measuring import HERE, extra_bytes, milliseconds
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertForSequenceClassification, ResNetConfig, ResNetForImageClassification
 
-import hf_r2
 from hf_r2 import RangeLoss, RangeProjection
-from hf_r2.files import atomic_write
 from hf_r2.report.tables import markdown_table
 
-HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- range_loss -->", "<!-- end -->"
 STEP, READ, READ_AND_WRITE = "none", "amax and amin", "two sums and grad.add_(w)"
 # Variant, kind of range loss, its other settings, share of the elements that the margins leave outside
@@ -165,30 +159,6 @@ def assign(weights: Iterable[Tensor], values: Iterable[Tensor]) -> None:
         weight.copy_(value)
 
 
-def milliseconds(run: Callable[[], object], cuda: bool) -> float:
-    """Time a call; on one CPU thread by the process's own clock, which others disturb less."""
-    clock = time.process_time if torch.get_num_threads() == 1 and not cuda else time.perf_counter
-    wait = torch.cuda.synchronize if cuda else lambda: None
-    wait()
-    start = clock()
-    run()
-    wait()
-    return 1000 * (clock() - start)
-
-
-def extra_bytes(run: Callable[[], object], cuda: bool) -> int:
-    """Most that torch held at a time beyond what it held before; NumPy's small copies of cells do not count."""
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate((event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())), initial=0))
-
-
 def gradient_error(variant: Variant, weights: Sequence[Tensor]) -> float:
     """Relative L2 distance from plain autograd in float64, the largest over the weights."""
     starts, errors = [weight.detach().clone() for weight in weights], []
@@ -276,10 +246,8 @@ def render(result: Mapping[str, Any]) -> str:
 
 def render_readme(readme: str, results: Path) -> str:
     """Put all results between their markers."""
-    files = sorted(results.glob("range_loss-*.json"))
-    rendered = "\n\n".join(render(json.loads(file.read_text(encoding="utf-8"))) for file in files)
-    head, _, rest = readme.partition(BEGIN)
-    return f"{head}{BEGIN}\n\n{rendered}\n\n{END}{rest.partition(END)[2]}"
+    rendered = "\n\n".join(map(render, measuring.read(sorted(results.glob("range_loss-*.json")))))
+    return measuring.between(readme, BEGIN, END, rendered)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -293,34 +261,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(argv)
     if options.render:
-        current = (HERE / "README.md").read_text(encoding="utf-8")
-        rendered = render_readme(current, HERE / "results")
-        if options.check and rendered != current:
-            raise SystemExit("README.md differs from the results: run python recipes/benchmarks/range_loss.py --render")
-        return atomic_write(HERE / "README.md", rendered)
+        render_all = partial(render_readme, results=HERE / "results")
+        return measuring.update_readme(render_all, options.check, "range_loss.py")
     torch.set_num_threads(options.threads)
-    cuda, info = options.device == "cuda", Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.*)", info.read_text(encoding="utf-8")) if info.exists() else None
-    commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=HERE, text=True).strip()
-    result = {
-        "device": torch.cuda.get_device_name() if cuda else cpu[1] if cpu else platform.machine(),
-        "threads": options.threads,
-        "torch": torch.__version__,
-        "hf_r2": hf_r2.__version__,
-        "commit": commit,
-        "date": date.today().isoformat(),
-        "repetitions": options.repetitions,
-        "models": {},
-    }
+    cuda = options.device == "cuda"
+    result = {**measuring.facts(options.threads, cuda), "repetitions": options.repetitions, "models": {}}
     for name in options.models:
         torch.manual_seed(0)
         model, batch = build(name)
         batch = {key: value.to(options.device) for key, value in batch.items()}
         bars = BARS if name == "resnet18" and not cuda else {}
         result["models"][name] = measure(model.to(options.device).train(), batch, options.repetitions, bars)
-    output = options.output or HERE / "results" / f"range_loss-{options.device}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    measuring.save(result, options.output or HERE / "results" / f"range_loss-{options.device}.json")
     print(render(result))
 
 

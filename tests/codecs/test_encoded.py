@@ -25,11 +25,15 @@ SETTINGS = [
     CodecSettings("palette", 1),
     CodecSettings("palette", 3, 7),
     CodecSettings("palette", 6, "tensor"),
+    CodecSettings("palette", 1, "channel", cluster_dim=2),
+    CodecSettings("palette", 3, 7, cluster_dim=3),
+    CodecSettings("palette", 4, "tensor", cluster_dim=4),
+    CodecSettings("palette", 8, 5, cluster_dim=64),
 ]
 
 
 def settings_id(settings):
-    return f"{settings.method}-{settings.bits}-{settings.grain}"
+    return f"{settings.method}-{settings.bits}-{settings.grain}-{settings.cluster_dim}"
 
 
 def make_weight(shape, dtype=torch.float32, seed=0):
@@ -43,7 +47,7 @@ def test_a_decoded_weight_is_what_the_codec_makes_of_it_in_its_own_dtype(kind, d
     weight = make_weight(SHAPES[kind], dtype)
     encoded = encode(weight, settings)
     codec = CODECS[settings.method]
-    expected = codec.dequantize(*codec.quantize(weight, settings), settings).to(dtype)
+    expected = codec.dequantize(*codec.quantize(weight, settings), settings, weight.shape).to(dtype)
     decoded = decode(encoded)
     assert decoded.dtype == dtype
     assert decoded.shape == weight.shape
@@ -52,7 +56,8 @@ def test_a_decoded_weight_is_what_the_codec_makes_of_it_in_its_own_dtype(kind, d
     assert (encoded.shape, encoded.dtype) == (weight.shape, dtype)
     assert (encoded.bits, encoded.grain) == (settings.bits, settings.grain)
     assert encoded.codes.dtype == torch.uint8
-    assert encoded.codes.shape == (packed_size(weight.numel(), settings.bits),)
+    assert encoded.code_count == codec.code_count(weight.shape, settings) == codec.quantize(weight, settings)[0].numel()
+    assert encoded.codes.shape == (packed_size(encoded.code_count, settings.bits),)
     made = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in encoded.codebook.items()}
     assert made == codec.codebook_like(weight.shape, settings)
 
@@ -69,6 +74,15 @@ def test_a_decoded_weight_is_what_the_codec_makes_of_it_in_its_own_dtype(kind, d
 def test_encoding_a_decoded_weight_again_changes_nothing(settings, dtype):
     weight = make_weight((30, 147), dtype, seed=settings.bits) ** 3
     decoded = decode(encode(weight, settings))
+    assert torch.equal(decode(encode(decoded, settings)), decoded)
+
+
+@pytest.mark.parametrize("grain", ["tensor", "channel", 12])
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("cluster_dim", [2, 3])
+def test_encoding_decoded_vectors_that_fill_their_groups_again_changes_nothing(cluster_dim, bits, grain):
+    settings = CodecSettings("palette", bits, grain, cluster_dim=cluster_dim)
+    decoded = decode(encode(make_weight((10, 48), seed=bits) ** 3, settings))
     assert torch.equal(decode(encode(decoded, settings)), decoded)
 
 
@@ -94,6 +108,12 @@ def test_encoding_a_decoded_sparse_weight_again_changes_nothing(bits, n):
         (CodecSettings("palette", 4, "channel"), (8, 3, 8, 8), 4 + 16 * 32 / 192),
         (CodecSettings("palette", 2, 64), (8, 128), 2 + 4 * 32 / 64),
         (CodecSettings("palette", 8, "tensor"), (4, 4), 8 + 256 * 32 / 16),
+        (CodecSettings("palette", 4, "tensor", cluster_dim=4), (64, 64), 1 + 16 * 4 * 32 / 4096),
+        (CodecSettings("palette", 8, "tensor", cluster_dim=8), (64, 64), 1 + 256 * 8 * 32 / 4096),
+        (CodecSettings("palette", 2, 64, cluster_dim=2), (8, 128), 1 + 4 * 2 * 32 / 64),
+        # 5 codes for the 14 elements of a channel; 4 codes for a run of 10 and 3 for a run of 8, 28 bits in 4 bytes
+        (CodecSettings("palette", 4, "channel", cluster_dim=3), (8, 14), (5 * 4 + 16 * 3 * 32) / 14),
+        (CodecSettings("palette", 1, 10, cluster_dim=3), (4, 18), (8 * 4 + 8 * 2 * 3 * 32) / 72),
     ],
 )
 def test_bits_per_weight_count_codes_scales_zero_points_and_tables(settings, shape, expected):
@@ -126,7 +146,14 @@ def test_channels_of_a_vector_are_refused(grain):
         encode(torch.ones(6), CodecSettings(grain=grain))
 
 
-@pytest.mark.parametrize("settings", [CodecSettings(grain="tensor"), CodecSettings("palette", grain="tensor")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        CodecSettings(grain="tensor"),
+        CodecSettings("palette", grain="tensor"),
+        CodecSettings("palette", grain="tensor", cluster_dim=2),
+    ],
+)
 def test_a_vector_is_one_tensor_group(settings):
     weight = make_weight((9,))
     assert decode(encode(weight, settings)).shape == weight.shape
@@ -140,9 +167,9 @@ def test_encoding_neither_changes_the_weight_nor_follows_its_gradient():
     assert not decode(encoded).requires_grad
 
 
-def test_memory_layout_does_not_matter():
+@pytest.mark.parametrize("settings", [CodecSettings("uniform", 3, 5), CodecSettings("palette", 3, 5, cluster_dim=2)])
+def test_memory_layout_does_not_matter(settings):
     weight = make_weight((6, 4, 3, 3))
-    settings = CodecSettings("uniform", 3, 5)
     expected = decode(encode(weight, settings))
     assert torch.equal(decode(encode(weight.to(memory_format=torch.channels_last), settings)), expected)
     assert torch.equal(decode(encode(weight.transpose(0, 1).contiguous().transpose(0, 1), settings)), expected)
@@ -162,6 +189,10 @@ def test_truncated_codes_are_refused():
     encoded = encode(make_weight((4, 6)), CodecSettings(bits=3))
     encoded.codes = encoded.codes[:-1]
     with pytest.raises(ValueError, match="24 codes of 3 bits are 9 bytes"):
+        decode(encoded)
+    encoded = encode(make_weight((4, 6)), CodecSettings("palette", 3, cluster_dim=4))
+    encoded.codes = encoded.codes[:-1]
+    with pytest.raises(ValueError, match="8 codes of 3 bits are 3 bytes"):
         decode(encoded)
 
 

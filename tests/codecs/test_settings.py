@@ -9,6 +9,9 @@ COMPLETE = [
     ({"symmetric": False}, {"symmetric": False, "grid": None, "range": "min_max"}),
     ({"grid": "midrise", "range": "mse"}, {"symmetric": True, "grid": "midrise", "range": "mse"}),
     ({"method": "palette", "bits": 1}, {"symmetric": None, "grid": None, "range": None, "grain": "channel"}),
+    ({"method": "palette"}, {"cluster_dim": 1}),
+    ({"method": "palette", "cluster_dim": 64, "bits": 8}, {"cluster_dim": 64, "symmetric": None, "range": None}),
+    ({"method": "uniform"}, {"cluster_dim": None}),
     ({"grain": "64"}, {"grain": 64}),
     ({"grain": "tensor", "bits": 8}, {"grain": "tensor", "bits": 8}),
 ]
@@ -28,6 +31,14 @@ def test_settings_survive_json(given):
 
 def test_a_palette_is_written_without_the_options_of_uniform():
     assert CodecSettings("palette", 2, 16).to_dict() == {"method": "palette", "bits": 2, "grain": 16}
+
+
+def test_a_palette_of_single_values_is_written_as_it_was_before_there_were_vectors():
+    single = CodecSettings("palette", 2, 16, cluster_dim=1)
+    assert single == CodecSettings("palette", 2, 16)
+    assert single.to_dict() == {"method": "palette", "bits": 2, "grain": 16}
+    vectors = CodecSettings("palette", 2, 16, cluster_dim=2)
+    assert vectors.to_dict() == {"method": "palette", "bits": 2, "grain": 16, "cluster_dim": 2}
 
 
 @pytest.mark.parametrize(
@@ -56,6 +67,11 @@ def test_a_palette_is_written_without_the_options_of_uniform():
         ({"grid": "narrow"}, "unknown grid 'narrow': use one of restricted, full, midrise"),
         ({"grid": "full", "symmetric": False}, "grid='full' needs symmetric=True"),
         ({"range": "max"}, "unknown range 'max': use one of min_max, mse"),
+        *(
+            ({"method": "palette", "cluster_dim": value}, rf"cluster_dim={value!r} is not a whole number from 1 to 64")
+            for value in (0, -1, 65, 2.0, "2", True)
+        ),
+        ({"method": "palette", "cluster_dim": [2]}, r"cluster_dim=\[2\] is not a whole number from 1 to 64"),
     ],
 )
 def test_a_bad_value_is_refused_with_what_is_allowed(given, message):
@@ -67,6 +83,12 @@ def test_a_bad_value_is_refused_with_what_is_allowed(given, message):
 def test_an_option_of_another_method_is_refused(option, value):
     with pytest.raises(ValueError, match=f"'{option}' is an option of method 'uniform'; remove it for 'palette'"):
         CodecSettings(method="palette", **{option: value})
+
+
+@pytest.mark.parametrize("value", [1, 2, 0])
+def test_vectors_are_refused_outside_palettes(value):
+    with pytest.raises(ValueError, match="'cluster_dim' is an option of method 'palette'; remove it for 'uniform'"):
+        CodecSettings(cluster_dim=value)
 
 
 def test_settings_are_the_same_for_every_name():

@@ -16,7 +16,7 @@ from trainer_cases import MODELS, Result, examples, load_model, read_cases
 from training_cases import make_trainer
 from transformers import Trainer
 
-from hf_r2 import R2Trainer
+from hf_r2 import R2QuantizationConfig, R2Trainer
 
 
 class MeanLossTrainer(Trainer):
@@ -46,9 +46,10 @@ def run_case(case, directory, name):
                 parameter.copy_(parameter**3)
     data = examples(case.model)
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = MODELS[case.model].layer
-    trainer = make_trainer(
-        model, data, directory / name, TRAINERS[case.trainer], {"eval_dataset": data}, **case.arguments
-    )
+    others = {"eval_dataset": data}
+    if "r2_aware" in case.arguments:
+        others["quantization_config"] = R2QuantizationConfig("palette", bits=2, grain="channel")
+    trainer = make_trainer(model, data, directory / name, TRAINERS[case.trainer], others, **case.arguments)
     result = Result(processes=trainer.args.world_size)
     first = whole(learned(trainer))
     if case.train:

@@ -100,7 +100,7 @@ def test_optimizers_that_step_in_backward_are_refused_for_losses(make_trainer, o
 def test_other_back_ends_and_optimizers_are_not(plugin, arguments):
     state = SimpleNamespace(**{name: SimpleNamespace(**settings) for name, settings in plugin.items()})
     args = SimpleNamespace(**{"r2_mode": "loss", "optim": "sgd", "r2_strength": 0.01, **arguments})
-    require_supported(SimpleNamespace(args=args, accelerator=SimpleNamespace(state=state)))
+    require_supported(SimpleNamespace(args=args, accelerator=SimpleNamespace(state=state), compression=None))
 
 
 @pytest.mark.parametrize("plugin", [{}, ZERO2], ids=["plain", "zero2"])

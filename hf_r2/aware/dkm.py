@@ -1,0 +1,220 @@
+"""DKM: train through differentiable k-means, so that weights settle on the palettes they will be stored as."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hf_r2.aware.soft_kmeans import soft_kmeans
+from hf_r2.codecs import CodecSettings, Encoded, decode, encode, palette
+from hf_r2.codecs.bitpack import pack
+from hf_r2.grain import blocks, group_counts, join
+
+MERGED = 1e-3
+"""Two centroids have merged when they are closer than this share of the span of all."""
+
+
+@dataclass(frozen=True)
+class DKMOptions:
+    """Options of DKM: `R2QuantizationConfig.aware_options`.
+
+    Args:
+        temperature: of the softmax over squared distances. Relative to the variance of each group of the weight, unless
+            `absolute`: squared distances grow with the variance, so a fixed temperature would be nearly hard for a
+            weight of size 1 and merge all centroids of one of size 0.01. None takes `1.6 · k^(−2/d)` for k centroids of
+            d dimensions, whose squared distances shrink at that rate: an element at its own centroid then lends less
+            than a hundredth of itself to the neighbours.
+        absolute: take the temperature as it is, in squared units of the weight (coremltools' default is 1e-4).
+        iterations: of soft k-means in one training step, at most; all are differentiated through.
+        tolerance: stop earlier once no centroid moves by more than this share of its group's spread.
+        implicit: differentiate through the converged map instead of through the iterations; up to 4 scalar centroids.
+        memory: bytes that the temporaries of the exact path may take.
+
+    Raises:
+        ValueError: for a value out of its range.
+    """
+
+    temperature: float | None = None
+    absolute: bool = False
+    iterations: int = 3
+    tolerance: float = 1e-4
+    implicit: bool = False
+    memory: int = 256 * 2**20
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} is not above 0")
+        if self.absolute and self.temperature is None:
+            raise ValueError("absolute=true needs a temperature, in squared units of the weight")
+        for name, least in {"iterations": 1, "tolerance": 0, "memory": 1}.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}={getattr(self, name)} is not {least} or more")
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """List the names of the options."""
+        return tuple(field.name for field in fields(cls))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what differs from the defaults."""
+        return {key: value for key, value in asdict(self).items() if value != getattr(type(self), key)}
+
+
+class DKM(nn.Module):
+    """Parametrization of a weight by its soft palette (Cho et al., arXiv 2108.12659).
+
+    In training, the weight is `A C`: every element (or vector of `cluster_dim` elements) is the mean of the centroids C
+    of its group under softmax attention A, and C comes from a few soft k-means iterations that start from the centroids
+    of the last step. In evaluation, it is the nearest centroid: the very weight that is stored, see [`encoded`].
+
+    Until [`start`] is called, the weight passes through as it is.
+
+    Args:
+        weight: as the layer holds it; its shape and device count.
+        settings: of the palette codec.
+        options: see [`DKMOptions`].
+        transpose: whether the layer keeps its output channels last (transformers' Conv1D).
+        name: of the weight, for messages.
+    """
+
+    compression_aware = True
+
+    def __init__(
+        self, weight: Tensor, settings: CodecSettings, options: DKMOptions, transpose: bool, name: str
+    ) -> None:
+        super().__init__()
+        if isinstance(weight, DTensor):
+            raise ValueError(f"{name} is cut by FSDP2, and DKM needs whole weights: train with DDP, or skip the weight")
+        self.settings = settings
+        self.options = options
+        self.transpose = transpose
+        self.name = name
+        self.active = False
+        # What a step ends with becomes the next one's start once a gradient has passed: when the forward pass is
+        # repeated before that (gradient checkpointing), it has to find the same start
+        self.advance = True
+        shape = (weight.T if transpose else weight).shape
+        size, _ = palette.codebook_like(shape, settings)["lut"]
+        for buffer in ("centroids", "first"):
+            self.register_buffer(buffer, torch.zeros(size, device=weight.device), persistent=False)
+
+    @torch.no_grad()
+    def start(self, weight: Tensor) -> None:
+        """Begin with the optimal palette of the weight; without effect once begun.
+
+        Raises:
+            ValueError: for a weight with NaN or infinite values.
+        """
+        if not self.active:
+            tables = encode(self._output_first(weight), self.settings, self.name).codebook["lut"]
+            self.load(tables)
+
+    def load(self, centroids: Tensor) -> None:
+        """Begin with these centroids, `(groups, 2^bits)` or `(groups, 2^bits, cluster_dim)`."""
+        self.centroids.copy_(centroids)
+        self.active = self.advance = True
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the soft weight in training, the compressed one in evaluation; both of the layout of the weight."""
+        if not self.active:
+            return weight
+        values = self._output_first(weight)
+        if not self.training:
+            # Contiguous as the stored weight will be: kernels sum in an order that depends on the layout
+            return self._output_first(decode(self.encoded(weight))).contiguous()
+        if self.advance:
+            self.first.copy_(reseeded(self.centroids))
+            self.advance = False
+        parts, ends = [], []
+        counts = group_counts(values.shape, self.settings.grain)
+        for block, table in zip(blocks(values, self.settings.grain), self.first.clone().split(counts), strict=True):
+            soft = soft_kmeans(
+                block,
+                table,
+                self.temperature,
+                absolute=self.options.absolute,
+                iterations=self.options.iterations,
+                tolerance=self.options.tolerance,
+                implicit=self.options.implicit,
+                memory=self.options.memory,
+            )
+            parts.append(soft.weights)
+            ends.append(soft.centroids)
+        self.centroids.copy_(torch.cat(ends))
+        soft_weight = join(parts, values.shape, self.settings.grain).to(weight.dtype)
+        if soft_weight.requires_grad:
+            soft_weight.register_hook(self._note_gradient)
+        return self._output_first(soft_weight)
+
+    @torch.no_grad()
+    def encoded(self, weight: Tensor) -> Encoded:
+        """Compress the weight as it is now: every element (or vector) to its nearest centroid."""
+        values = self._output_first(weight.detach())
+        # The codec wants ascending values; entries of vectors are in no order
+        tables = self.centroids.sort(dim=1).values if self.centroids.dim() == 2 else self.centroids.clone()
+        codes = palette.assign(values, tables, self.settings)
+        return Encoded(pack(codes, self.settings.bits), {"lut": tables}, values.shape, weight.dtype, self.settings)
+
+    @property
+    def temperature(self) -> float:
+        """The temperature in force, see [`DKMOptions`]."""
+        if self.options.temperature is not None:
+            return self.options.temperature
+        return 1.6 * 2 ** (-2 * self.settings.bits / self.settings.cluster_dim)
+
+    @torch.no_grad()
+    def warnings(self, weight: Tensor) -> list[str]:
+        """Say what a temperature that is too high does to the weight; the host waits for the weight's device."""
+        found = []
+        variance = weight.float().var(correction=0).item()
+        absolute = self.temperature if self.options.absolute else self.temperature * variance
+        if absolute > variance > 0:
+            found.append(
+                f"{self.name}: the temperature {absolute:.3g} is above the weight's variance {variance:.3g}, so all "
+                "centroids move to its mean; lower aware_options.temperature"
+            )
+        if self.active and bool(merged(self.centroids).any()):
+            found.append(
+                f"{self.name}: centroids have merged; lower aware_options.temperature, or give the weight fewer bits"
+            )
+        return found
+
+    def _output_first(self, weight: Tensor) -> Tensor:
+        return weight.T if self.transpose else weight
+
+    def _note_gradient(self, gradient: Tensor) -> None:
+        self.advance = True
+
+
+def merged(centroids: Tensor) -> Tensor:
+    """Tell which scalar centroids `(groups, k)` have met their lower neighbour; none of vectors `(groups, k, d)`.
+
+    Returns:
+        bool, `(groups, k − 1)`, in ascending order of the centroids.
+    """
+    if centroids.dim() > 2:
+        return torch.zeros(0, dtype=torch.bool, device=centroids.device)
+    ordered = centroids.sort(dim=1).values
+    gaps = ordered.diff(dim=1)
+    return gaps <= MERGED * (ordered[:, -1:] - ordered[:, :1])
+
+
+def reseeded(centroids: Tensor) -> Tensor:
+    """Move one merged centroid of each group `(groups, k)` into the widest gap between two others.
+
+    Centroids that have met get the same attention and would stay together for ever. Where all are one, as in a constant
+    group, there is no gap, and they stay. Vectors `(groups, k, d)` are returned as they are.
+    """
+    if centroids.dim() > 2:
+        return centroids
+    ordered = centroids.sort(dim=1).values
+    gaps = ordered.diff(dim=1)
+    together = merged(ordered)
+    widest = gaps.argmax(dim=1, keepdim=True)
+    middle = ordered.gather(1, widest) + gaps.gather(1, widest) / 2
+    # The upper one of the first pair that has met
+    place = together.float().argmax(dim=1, keepdim=True) + 1
+    wanted = together.any(dim=1, keepdim=True) & (gaps.gather(1, widest) > 0)
+    return ordered.scatter(1, place, torch.where(wanted, middle, ordered.gather(1, place))).sort(dim=1).values

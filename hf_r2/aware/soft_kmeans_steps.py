@@ -1,0 +1,180 @@
+"""The steps of soft k-means and the way back through them, whatever the points are: all elements, or bins of them.
+
+Groups lie along a batch dimension and clusters along the one after it: softmax over a short last dimension would take
+25 times as long. Centroids and all sums are kept in float64; attention may be computed in float32.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LEAST_MASS = 1e-12
+"""A cluster that attracts less than this share of one element keeps its centroid."""
+
+FLOAT32_LOGITS = 300.0
+"""Up to such logits float32 attention leaves gradients four correct digits; beyond, it is computed in float64."""
+
+_LEAST_LOGIT = -60.0
+"""Less attention than e^−60 is as good as none, and arithmetic with denormal numbers is slow."""
+
+
+class Scaled(NamedTuple):
+    """What the iterations of some groups need to know, in units in which values are (value − centre) / scale.
+
+    Shapes are `(groups, 1, 1)`, in float64.
+
+    Args:
+        centre: representable in the arithmetic of the block, so that subtracting it loses nothing.
+        scale: positive.
+        temperature: positive, in squared units.
+        tolerance: in units; None to run all iterations.
+        iterations: at most.
+    """
+
+    centre: Tensor
+    scale: Tensor
+    temperature: Tensor
+    tolerance: Tensor | None
+    iterations: int
+
+    def of(self, band: slice) -> "Scaled":
+        """Return those of a band of groups."""
+        tolerance = None if self.tolerance is None else self.tolerance[band]
+        return Scaled(self.centre[band], self.scale[band], self.temperature[band], tolerance, self.iterations)
+
+    def arithmetic(self, block: Tensor) -> torch.dtype:
+        """Choose the dtype of points and attention. A device's host cannot look at the temperatures: float32 there."""
+        if block.dtype == torch.float64 or (block.is_cpu and bool((self.temperature * FLOAT32_LOGITS < 1).any())):
+            return torch.float64
+        return torch.float32
+
+    def inward(self, values: Tensor) -> Tensor:
+        """Convert values `(groups, …, …)` to these units."""
+        return (values - self.centre.to(values.dtype)) * (1 / self.scale).to(values.dtype)
+
+    def outward(self, values: Tensor) -> Tensor:
+        """Convert back."""
+        return values * self.scale.to(values.dtype) + self.centre.to(values.dtype)
+
+
+class Step(NamedTuple):
+    """One iteration: centroids `(groups, k, d)` before and after it, masses `(groups, k, 1)`; float64.
+
+    Args:
+        old: what attention was computed from.
+        new: means under this attention.
+        mass: sums of attention.
+        active: `(groups, 1, 1)`, whether a group took this step; None if all did.
+    """
+
+    old: Tensor
+    new: Tensor
+    mass: Tensor
+    active: Tensor | None
+
+
+def iterate(start: Tensor, sums: Callable[[Tensor], tuple[Tensor, Tensor]], scaled: Scaled) -> list[Step]:
+    """Run soft k-means.
+
+    Args:
+        start: centroids `(groups, k, d)`, float64.
+        sums: from centroids to masses `(groups, k, 1)` and attention-weighted sums `(groups, k, d)` in float64.
+        scaled: units, temperature and stop rule.
+
+    Returns:
+        The steps of every group, from its last to its first one: a group that has converged takes no more.
+    """
+    olds, masses = [start], []
+    taken = torch.zeros_like(scaled.scale, dtype=torch.int64)
+    moving = torch.ones_like(taken, dtype=torch.bool)
+    for _ in range(scaled.iterations):
+        old = olds[-1]
+        mass, first = sums(old)
+        new = torch.where(mass > LEAST_MASS, first / mass.clamp_min(LEAST_MASS), old)
+        if scaled.tolerance is None:
+            olds.append(new)
+            masses.append(mass)
+            continue
+        olds.append(torch.where(moving, new, old))
+        masses.append(mass)
+        taken += moving
+        moving = moving & ((new - old).abs().amax(dim=(1, 2), keepdim=True) > scaled.tolerance)
+        if not moving.any():
+            break
+    if scaled.tolerance is None or bool((taken == len(masses)).all()):
+        return [Step(*step, None) for step in zip(olds[-2::-1], olds[:0:-1], masses[::-1], strict=True)]
+    return [_aligned(torch.stack(olds), torch.stack(masses), taken - back) for back in range(1, len(masses) + 1)]
+
+
+def _aligned(centroids: Tensor, masses: Tensor, index: Tensor) -> Step:
+    """Pick for every group the step that it took as its index-th."""
+    groups = torch.arange(len(index), device=index.device)
+    at = index.flatten().clamp_min(0)
+    return Step(centroids[at, groups], centroids[at + 1, groups], masses[at, groups], index >= 0)
+
+
+def unroll(steps: list[Step], slope: Tensor, back: Callable[[Step, Tensor, bool], Tensor]) -> None:
+    """Propagate a gradient through all iterations, from the last to the first.
+
+    Args:
+        steps: see [`iterate`].
+        slope: gradient of the last centroids, `(groups, k, d)`, float64.
+        back: takes a step, the gradient of the sums divided by the masses, and whether the output was computed from
+            this step; returns the gradient of its old centroids.
+    """
+    for number, step in enumerate(steps):
+        moved = step.mass > LEAST_MASS
+        if step.active is not None:
+            moved = moved & step.active
+        pull = torch.where(moved, slope / step.mass.clamp_min(LEAST_MASS), 0)
+        # A centroid that stayed hands its gradient on
+        slope = back(step, pull, number == 0) + torch.where(moved, 0, slope)
+
+
+def attention(points: Tensor, centroids: Tensor, temperature: Tensor) -> Tensor:
+    """Return softmax_k(−‖x − c_k‖² / τ), `(groups, k, n)`, without the term x² that all clusters share.
+
+    Args:
+        points: `(groups, d, n)`, in the arithmetic to use.
+        centroids: `(groups, k, d)`, float64.
+        temperature: τ, `(groups, 1, 1)`, float64.
+    """
+    slopes = (centroids * (2 / temperature)).to(points.dtype)
+    offsets = (centroids.square().sum(dim=2, keepdim=True) / -temperature).to(points.dtype)
+    logits = torch.baddbmm(offsets, slopes, points)
+    # In place this takes two thirds of torch's softmax, and a fraction of it where attention would underflow
+    logits.sub_(logits.amax(dim=1, keepdim=True)).clamp_min_(_LEAST_LOGIT).exp_()
+    return logits.mul_(logits.sum(dim=1, keepdim=True).reciprocal_())
+
+
+def pull_of(points: Tensor, step: Step, pull: Tensor) -> Tensor:
+    """Gradient of the attention through the centroids, `pull · (x − new)`, `(groups, k, n)`."""
+    offsets = (pull * step.new).sum(dim=2, keepdim=True).neg_()
+    return torch.baddbmm(offsets.to(points.dtype), pull.to(points.dtype), points)
+
+
+def through_softmax_(gradient: Tensor, attended: Tensor) -> Tensor:
+    """Turn a gradient of the attention into one of its logits, in place."""
+    gradient.mul_(attended)
+    return gradient.addcmul_(attended, gradient.sum(dim=1, keepdim=True), value=-1)
+
+
+def to_points(logits: Tensor, step: Step, temperature: Tensor) -> Tensor:
+    """Gradient of the points, `(groups, d, n)`, from one of the logits."""
+    return (step.old * (2 / temperature)).to(logits.dtype).mT @ logits
+
+
+def to_centroids(logits: Tensor, points: Tensor, weights: Tensor | None, step: Step, temperature: Tensor) -> Tensor:
+    """Gradient of the old centroids, `(groups, k, d)`, from one of the logits.
+
+    Args:
+        logits: `(groups, k, n)`.
+        points: `(groups, d, n)`, already multiplied with their weights.
+        weights: how often every point counts, `(groups, 1, n)`; None for once.
+        step: the iteration.
+        temperature: `(groups, 1, 1)`.
+    """
+    total = logits.sum(dim=2, keepdim=True) if weights is None else logits @ weights.mT
+    return ((logits @ points.mT).double() - step.old * total.double()) * (2 / temperature)

@@ -1,0 +1,66 @@
+"""Compression-aware training in the Trainer: when it begins, what it warns of, and what it leaves."""
+
+import time
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from hf_r2.quantization import R2QuantizationConfig, attach, attached, compress, finalize, start_compression
+from hf_r2.quantization.quantizer import FloatWeights
+
+logger = logging.get_logger(__name__)
+
+
+class TrainedCompression:
+    """Trains a Trainer's model through compression and compresses it in the end.
+
+    Attributes:
+        facts: for the manifest, once the model is compressed.
+        floats: the float weights that it was compressed from.
+
+    Args:
+        config: how; without a method in `aware` the model is compressed after training.
+        start_ratio: share of the steps after which compression-aware training begins.
+    """
+
+    def __init__(self, config: R2QuantizationConfig, start_ratio: float) -> None:
+        self.config = config
+        self.start_ratio = start_ratio
+        self.facts: dict[str, Any] = {}
+        self.floats: FloatWeights | None = None
+        self._warned: set[str] = set()
+
+    def attach(self, model: nn.Module) -> None:
+        """Parametrize a model that is not yet."""
+        if self.config.aware and not attached(model):
+            attach(model, self.config, start=False)
+
+    def step(self, model: nn.Module, progress: float) -> None:
+        """Begin, once training has come far enough: progress is in 0–1."""
+        if progress >= self.start_ratio:
+            start_compression(model)
+
+    def warn(self, model: nn.Module) -> None:
+        """Warn of temperatures that are too high, once per weight."""
+        for name, (layer, step) in attached(model).items():
+            for message in step.warnings(layer.weight) if name not in self._warned else ():
+                logger.warning(message)
+                self._warned.add(name)
+
+    def finish(self, model: PreTrainedModel) -> None:
+        """Compress the trained model, and note for the manifest what that did."""
+        start = time.perf_counter()
+        self.floats = FloatWeights(model, self.config)
+        float_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        if self.config.aware:
+            finalize(model)
+        else:
+            compress(model, self.config)
+        self.facts = {
+            "quantization_config": self.config.to_dict(),
+            "weights": self.floats.compared_with(model.hf_quantizer.encoded),
+            "float_bytes": float_bytes,
+            "seconds": time.perf_counter() - start,
+        }

@@ -1,0 +1,182 @@
+"""Compression-aware training in bare loops: what is trained, evaluated, finalized, saved and reloaded is one model."""
+
+import pytest
+import torch
+from checkpoint_models import FAMILIES, build, inputs, load, logits
+from safetensors.torch import load_file
+from torch.nn.utils import parametrize
+
+from hf_r2 import R2QuantizationConfig, RangeLoss, RangeProjection, attach, finalize, select_weights, weight_statistics
+from hf_r2.quantization import attached, compress, detach
+
+UNTIED = [family for family in FAMILIES if family != "gpt2"]
+SETTINGS = {
+    "1 bit": {"bits": 1, "grain": "tensor"},
+    "channels": {"bits": 2, "grain": "channel"},
+    "groups": {"bits": 2, "grain": 5},
+    "vectors": {"bits": 4, "grain": "tensor", "cluster_dim": 4},
+}
+
+
+def dkm(**settings):
+    return R2QuantizationConfig("palette", aware="dkm", **{"bits": 2, "grain": "tensor", **settings})
+
+
+def train(family, model, steps=3):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**inputs(family)).logits.square().mean().backward()
+        optimizer.step()
+
+
+def latent(model):
+    return {name: module.weight.detach().clone() for name, (module, _) in select_weights(model).items()}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("family", [*UNTIED, "gpt2"])
+def test_evaluated_finalized_saved_and_reloaded_models_are_one(family, settings, tmp_path):
+    model = attach(build(family), dkm(**settings))
+    train(family, model)
+    evaluated = logits(model.eval(), family)
+    weights = {name: module.base_layer.weight.clone() for name, (module, _) in select_weights(model).items()}
+    finalize(model)
+    assert not any(map(parametrize.is_parametrized, model.modules()))
+    for name, weight in weights.items():
+        assert torch.equal(model.get_parameter(name), weight)
+    assert torch.equal(logits(model, family), evaluated)
+    model.save_pretrained(tmp_path)
+    reloaded = load(family, tmp_path)
+    assert torch.equal(logits(reloaded.eval(), family), evaluated)
+    assert reloaded.config.quantization_config.aware == "dkm"
+
+
+def test_the_latent_weights_train():
+    model = attach(build("resnet"), dkm())
+    before = latent(model)
+    train("resnet", model)
+    assert all(not torch.equal(weight, before[name]) for name, weight in latent(model).items())
+
+
+def test_weights_settle_on_their_palette():
+    model = attach(build("resnet"), dkm(bits=1))
+    train("resnet", model, steps=2)
+    for module, step in attached(model).values():
+        assert len(step.eval()(module.weight).unique()) == 2
+
+
+def test_every_weight_has_its_own_settings():
+    overrides = {
+        "*embedder*": {"bits": 4},
+        "classifier*": {"method": "uniform", "bits": 8},
+        "*encoder*": {"cluster_dim": 2},
+    }
+    model = attach(build("resnet"), dkm(overrides=overrides))
+    train("resnet", model)
+    evaluated = logits(model.eval(), "resnet")
+    finalize(model)
+    settings = {name: encoded.settings for name, encoded in model.hf_quantizer.encoded.items()}
+    assert {s.bits for name, s in settings.items() if "embedder" in name} == {4}
+    assert {s.cluster_dim for name, s in settings.items() if "encoder" in name} == {2}
+    assert {s.method for name, s in settings.items() if "classifier" in name} == {"uniform"}
+    assert torch.equal(logits(model, "resnet"), evaluated)
+
+
+def test_an_untied_embedding_is_trained_when_it_is_included():
+    model = attach(build("bert"), dkm(include=["*word_embeddings*", "*query*"], bits=3))
+    train("bert", model)
+    finalize(model)
+    table = model.get_input_embeddings().weight
+    assert len(table.unique()) <= 8
+
+
+def test_a_state_dict_is_that_of_the_float_model_with_centroids_beside_it(tmp_path):
+    model = attach(build("resnet"), dkm())
+    train("resnet", model)
+    weights, state = latent(model), model.state_dict()
+    plain = build("resnet").state_dict()
+    assert plain.keys() <= state.keys()
+    assert {key.removesuffix("_centroids") for key in state.keys() - plain.keys()} == weights.keys()
+    for name, weight in weights.items():
+        assert torch.equal(state[name], weight)
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == state.keys()
+    assert torch.equal(load("resnet", tmp_path).classifier[1].weight, weights["classifier.1.weight"])
+
+
+def test_a_state_dict_resumes_bit_for_bit():
+    straight, resumed = (attach(build("resnet"), dkm()) for _ in range(2))
+    train("resnet", straight, steps=2)
+    resumed.load_state_dict(straight.state_dict())
+    for model in (straight, resumed):
+        train("resnet", model, steps=2)
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor)
+
+
+def test_the_optimizer_goes_on_with_the_parameters_it_had():
+    model = build("resnet")
+    before = list(model.parameters())
+    attach(model, dkm())
+    assert {id(parameter) for parameter in model.parameters()} == {id(parameter) for parameter in before}
+
+
+def test_range_restriction_and_statistics_see_the_latent_weights():
+    model = build("resnet")
+    statistics = weight_statistics(model)
+    attach(model, dkm(bits=1))
+    assert weight_statistics(model) == statistics
+    name = "classifier.1.weight"
+    loss = RangeLoss(model, include=[name])
+    loss.measure()
+    loss.accumulate_grad_()
+    original = model.classifier[1].parametrizations.weight.original
+    assert original.grad.abs().sum() == 1
+    RangeProjection(model, "clip", clip=1.2, include=[name]).step()
+    assert original.abs().max() < statistics[-1].max
+
+
+def test_a_detached_model_is_the_float_one_again():
+    model = attach(build("gpt2"), dkm(grain="channel"))
+    plain = build("gpt2").state_dict()
+    detach(model)
+    assert not attached(model)
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {
+        name: tensor.shape for name, tensor in plain.items()
+    }
+    compress(model, dkm())
+
+
+def test_mistakes_are_refused_before_anything_changes():
+    model = build("gpt2")
+    with pytest.raises(ValueError, match="names no compression-aware method: set aware='dkm'"):
+        attach(model, R2QuantizationConfig("palette"))
+    with pytest.raises(ValueError, match=r"wte\.weight is tied .* put it into skip"):
+        attach(model, dkm(include=["*"]))
+    with pytest.raises(ValueError, match="matches no weight"):
+        attach(model, dkm(overrides={"clasifier*": {"bits": 8}}))
+    assert not any(map(parametrize.is_parametrized, model.modules()))
+    with pytest.raises(ValueError, match=r"attach\(model, config\) first"):
+        finalize(model)
+    attach(model, dkm(), start=False)
+    with pytest.raises(ValueError, match="compression has not begun"):
+        finalize(model)
+    with pytest.raises(ValueError, match="finalize it first"):
+        attach(model, dkm())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "uniform", "aware": "dkm"}, "aware='dkm' trains palettes: set method='palette'"),
+        ({"method": "palette", "aware": "dmk"}, "unknown method aware='dmk'"),
+        ({"method": "palette", "aware_options": {"iterations": 3}}, "without a method"),
+        ({"method": "palette", "aware": "dkm", "aware_options": {"iteration": 3}}, "did you mean 'iterations'"),
+        ({"method": "palette", "aware": "dkm", "aware_options": {"iterations": 0}}, "iterations=0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        R2QuantizationConfig(**settings)
