@@ -38,10 +38,20 @@ def test_quantize_leaves_a_checkpoint_with_its_card(checkpoint, tmp_path):
     assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == card
 
 
+def test_quantize_makes_palettes_of_vectors(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    options = ["--method", "palette", "--bits", "4", "--grain", "tensor", "--cluster-dim", "4"]
+    result = run(app, ["quantize", str(checkpoint), str(out), *options])
+    assert result.exit_code == 0, result.output
+    model = AutoModelForImageClassification.from_pretrained(out)
+    assert {encoded.settings.cluster_dim for encoded in model.hf_quantizer.encoded.values()} == {4}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["quantize", "{model}", "{out}", "--bits", "1"], "bits=1"),
+        (["quantize", "{model}", "{out}", "--cluster-dim", "2"], "'cluster_dim' is an option of method 'palette'"),
         (["quantize", "{model}", "{out}", "--method", "pallete"], "unknown method 'pallete'"),
         (["inspect", "{out}/missing"], "error: "),
         (["card", "{out}"], "has no manifest"),

@@ -2,9 +2,10 @@ from pathlib import Path
 
 import pytest
 
+from hf_r2.aware import AWARE_METHODS
 from hf_r2.codecs import CODECS, METHODS
 from hf_r2.losses import RANGE_LOSSES
-from hf_r2.report.card import LOSS_SENTENCES, METHOD_SENTENCES
+from hf_r2.report.card import AWARE_SENTENCES, LOSS_SENTENCES, METHOD_SENTENCES
 from hf_r2.training.arguments import R2TrainingArguments
 
 ROOT = Path(__file__).parent.parent
@@ -32,3 +33,12 @@ def test_codec_is_tested_documented_and_has_card_text(method):
     assert f"| {method}" in FORMAT
     assert method in METHOD_SENTENCES
     assert method in CODECS
+
+
+@pytest.mark.parametrize("method", AWARE_METHODS)
+def test_aware_method_is_tested_documented_and_has_card_text(method):
+    for folder in ("aware", "quantization", "training"):
+        assert method in read_tests(folder).lower()
+    assert f"| `{method}` |" in README
+    assert method in AWARE_SENTENCES
+    assert method in R2TrainingArguments.__dataclass_fields__["r2_aware"].metadata["help"]

@@ -13,7 +13,10 @@ from hf_r2.codecs.bitpack import pack
 from hf_r2.grain import blocks, group_counts, join
 
 MERGED = 1e-3
-"""Two centroids have merged when they are closer than this share of the span of all."""
+"""Two centroids have met when they are closer than this share of the largest distance between any."""
+
+LEAST_MASS = 0.5
+"""A cluster with less, in elements or vectors, is empty."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,9 @@ class DKMOptions:
     Args:
         temperature: of the softmax over squared distances. Relative to the variance of each group of the weight, unless
             `absolute`: squared distances grow with the variance, so a fixed temperature would be nearly hard for a
-            weight of size 1 and merge all centroids of one of size 0.01. None takes `1.6 · k^(−2/d)` for k centroids of
-            d dimensions, whose squared distances shrink at that rate: an element at its own centroid then lends less
-            than a hundredth of itself to the neighbours.
+            weight of size 1 and merge all centroids of one of size 0.01. None takes `0.1 · k^(−2/d)` for k centroids of
+            d dimensions, whose squared distances shrink at that rate: only elements about halfway between two centroids
+            then feel both, and the soft weight is near the stored one.
         absolute: take the temperature as it is, in squared units of the weight (coremltools' default is 1e-4).
         iterations: of soft k-means in one training step, at most; all are differentiated through.
         tolerance: stop earlier once no centroid moves by more than this share of its group's spread.
@@ -99,6 +102,7 @@ class DKM(nn.Module):
         size, _ = palette.codebook_like(shape, settings)["lut"]
         for buffer in ("centroids", "first"):
             self.register_buffer(buffer, torch.zeros(size, device=weight.device), persistent=False)
+        self.register_buffer("masses", torch.zeros(size[:2], device=weight.device), persistent=False)
 
     @torch.no_grad()
     def start(self, weight: Tensor) -> None:
@@ -114,6 +118,7 @@ class DKM(nn.Module):
     def load(self, centroids: Tensor) -> None:
         """Begin with these centroids, `(groups, 2^bits)` or `(groups, 2^bits, cluster_dim)`."""
         self.centroids.copy_(centroids)
+        self.masses.fill_(LEAST_MASS)  # none is known to be empty yet
         self.active = self.advance = True
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -125,9 +130,9 @@ class DKM(nn.Module):
             # Contiguous as the stored weight will be: kernels sum in an order that depends on the layout
             return self._output_first(decode(self.encoded(weight))).contiguous()
         if self.advance:
-            self.first.copy_(reseeded(self.centroids))
+            self.first.copy_(reseeded(self.centroids, self.masses))
             self.advance = False
-        parts, ends = [], []
+        parts, ends, masses = [], [], []
         counts = group_counts(values.shape, self.settings.grain)
         for block, table in zip(blocks(values, self.settings.grain), self.first.clone().split(counts), strict=True):
             soft = soft_kmeans(
@@ -142,7 +147,9 @@ class DKM(nn.Module):
             )
             parts.append(soft.weights)
             ends.append(soft.centroids)
+            masses.append(soft.masses)
         self.centroids.copy_(torch.cat(ends))
+        self.masses.copy_(torch.cat(masses))
         soft_weight = join(parts, values.shape, self.settings.grain).to(weight.dtype)
         if soft_weight.requires_grad:
             soft_weight.register_hook(self._note_gradient)
@@ -162,7 +169,7 @@ class DKM(nn.Module):
         """The temperature in force, see [`DKMOptions`]."""
         if self.options.temperature is not None:
             return self.options.temperature
-        return 1.6 * 2 ** (-2 * self.settings.bits / self.settings.cluster_dim)
+        return 0.1 * 2 ** (-2 * self.settings.bits / self.settings.cluster_dim)
 
     @torch.no_grad()
     def warnings(self, weight: Tensor) -> list[str]:
@@ -175,9 +182,10 @@ class DKM(nn.Module):
                 f"{self.name}: the temperature {absolute:.3g} is above the weight's variance {variance:.3g}, so all "
                 "centroids move to its mean; lower aware_options.temperature"
             )
-        if self.active and bool(merged(self.centroids).any()):
+        if self.active and bool(redundant(self.centroids, self.masses).any()):
             found.append(
-                f"{self.name}: centroids have merged; lower aware_options.temperature, or give the weight fewer bits"
+                f"{self.name}: centroids have merged or lost all their elements; lower aware_options.temperature, or "
+                "give the weight fewer bits"
             )
         return found
 
@@ -188,33 +196,53 @@ class DKM(nn.Module):
         self.advance = True
 
 
-def merged(centroids: Tensor) -> Tensor:
-    """Tell which scalar centroids `(groups, k)` have met their lower neighbour; none of vectors `(groups, k, d)`.
+def redundant(centroids: Tensor, masses: Tensor) -> Tensor:
+    """Tell which clusters do nothing: those without mass, and those that have met one before them.
+
+    Args:
+        centroids: `(groups, k)` or `(groups, k, d)`.
+        masses: sums of attention, `(groups, k)`.
 
     Returns:
-        bool, `(groups, k − 1)`, in ascending order of the centroids.
+        bool, `(groups, k)`.
     """
-    if centroids.dim() > 2:
-        return torch.zeros(0, dtype=torch.bool, device=centroids.device)
-    ordered = centroids.sort(dim=1).values
-    gaps = ordered.diff(dim=1)
-    return gaps <= MERGED * (ordered[:, -1:] - ordered[:, :1])
+    earlier = torch.ones(masses.shape[1], masses.shape[1], dtype=torch.bool, device=masses.device).tril(-1)
+    return (_together(_distances(centroids)) & earlier).any(dim=2) | (masses < LEAST_MASS)
 
 
-def reseeded(centroids: Tensor) -> Tensor:
-    """Move one merged centroid of each group `(groups, k)` into the widest gap between two others.
+def reseeded(centroids: Tensor, masses: Tensor) -> Tensor:
+    """Move one redundant centroid of each group halfway between the heaviest cluster and its nearest neighbour.
 
-    Centroids that have met get the same attention and would stay together for ever. Where all are one, as in a constant
-    group, there is no gap, and they stay. Vectors `(groups, k, d)` are returned as they are.
+    Centroids that have met get the same attention and would stay together for ever; one without mass would stay where
+    it is. Where all centroids are one, as in a constant group, there is no neighbour, and they stay.
+
+    Args:
+        centroids: `(groups, k)` or `(groups, k, d)`.
+        masses: sums of attention, `(groups, k)`.
+
+    Returns:
+        New centroids, of the same shape.
     """
-    if centroids.dim() > 2:
+    idle = redundant(centroids, masses)
+    if idle.is_cpu and not idle.any():
         return centroids
-    ordered = centroids.sort(dim=1).values
-    gaps = ordered.diff(dim=1)
-    together = merged(ordered)
-    widest = gaps.argmax(dim=1, keepdim=True)
-    middle = ordered.gather(1, widest) + gaps.gather(1, widest) / 2
-    # The upper one of the first pair that has met
-    place = together.float().argmax(dim=1, keepdim=True) + 1
-    wanted = together.any(dim=1, keepdim=True) & (gaps.gather(1, widest) > 0)
-    return ordered.scatter(1, place, torch.where(wanted, middle, ordered.gather(1, place))).sort(dim=1).values
+    points = centroids.reshape(*masses.shape, -1)
+    group = torch.arange(len(masses), device=masses.device)
+    heaviest = masses.argmax(dim=1)
+    distances = _distances(centroids)
+    apart = distances[group, heaviest].masked_fill(_together(distances)[group, heaviest], torch.inf)
+    middle = (points[group, heaviest] + points[group, apart.argmin(dim=1)]) / 2
+    place = idle.float().argmax(dim=1)
+    wanted = (idle.any(dim=1) & apart.isfinite().any(dim=1))[:, None]
+    result = points.clone()
+    result[group, place] = torch.where(wanted, middle, points[group, place])
+    return result.view(centroids.shape)
+
+
+def _distances(centroids: Tensor) -> Tensor:
+    points = centroids.reshape(*centroids.shape[:2], -1)
+    return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _together(distances: Tensor) -> Tensor:
+    return distances <= MERGED * distances.amax(dim=(1, 2), keepdim=True)

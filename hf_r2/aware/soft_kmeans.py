@@ -8,6 +8,7 @@ from torch import Tensor
 from hf_r2.aware.soft_kmeans_exact import ExactSoftKMeans
 from hf_r2.aware.soft_kmeans_implicit import MOST_CLUSTERS
 from hf_r2.aware.soft_kmeans_steps import Scaled
+from hf_r2.aware.soft_kmeans_table import TableSoftKMeans, tabulate
 from hf_r2.grain import pieces
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -70,7 +71,15 @@ def soft_kmeans(
     _check(block, centroids, temperature, iterations, tolerance, implicit, memory)
     start = centroids.detach().to(block.device, torch.float64).reshape(*centroids.shape[:2], -1)
     scaled = _scaled(block.detach(), start, temperature, absolute, iterations, tolerance)
-    weights, found = ExactSoftKMeans.apply(block, scaled.inward(start), scaled, implicit, memory)
+    start = scaled.inward(start)
+    # A device's host cannot look at the elements to choose bins
+    tables = block.is_cpu and block.dtype != torch.float64 and centroids.dim() == 2
+    table = tabulate(block.detach(), start, scaled) if tables else None
+    if table is not None:
+        weights = TableSoftKMeans.apply(block, table, implicit)
+        found = torch.cat([steps[0].new for _, _, steps in table.bands])
+    else:
+        weights, found = ExactSoftKMeans.apply(block, start, scaled, implicit, memory)
     found = scaled.outward(found).to(torch.promote_types(block.dtype, torch.float32))
     return SoftKMeans(weights, found.reshape(centroids.shape))
 

@@ -13,11 +13,11 @@ from torch.autograd.function import once_differentiable
 
 from hf_r2.aware.soft_kmeans_implicit import Linearized, implicit_pull, mean_jacobian
 from hf_r2.aware.soft_kmeans_steps import (
+    Linear,
     Scaled,
     Step,
-    attention,
     iterate,
-    pull_of,
+    softmax_,
     through_softmax_,
     to_centroids,
     to_points,
@@ -87,10 +87,11 @@ class _Band:
             yield self._kept[1]
             return
         self._kept = None
+        logits = Linear.logits(centroids, self.scaled.temperature, self.dtype)
         for start in range(0, self.vectors, self.size):
             columns = slice(start * self.d, min((start + self.size) * self.d, self.block.shape[1]))
             points = self.scaled.inward(self._vectors(self.block, columns, completed=True)).mT
-            found = columns, points, attention(points, centroids, self.scaled.temperature)
+            found = columns, points, softmax_(logits.of(points))
             if self.size >= self.vectors:
                 self._kept = centroids, found
             yield found
@@ -151,26 +152,30 @@ class _Band:
         Returns:
             Gradient of the old centroids.
         """
-        temperature = self.scaled.temperature
-        slope = torch.zeros_like(step.old)
+        temperature, dtype = self.scaled.temperature, self.dtype
+        through_mean, values, slopes = Linear.pull(step, pull, dtype), step.new.to(dtype), pull.to(dtype).mT
+        inward = to_points(step, temperature, dtype)
+        total, first = torch.zeros_like(step.mass), torch.zeros_like(step.old)
         for columns, points, attended in self.attended(step.old):
-            logits = pull_of(points, step, pull)
+            logits = through_mean.of(points)
             if grad is not None:
-                logits.baddbmm_(step.new.to(self.dtype), self._vectors(grad, columns, completed=False).mT)
+                logits.baddbmm_(values, self._vectors(grad, columns, completed=False).mT)
             through_softmax_(logits, attended)
-            slope += to_centroids(logits, points, None, step, temperature)
-            change = torch.baddbmm(to_points(logits, step, temperature), pull.to(self.dtype).mT, attended)
-            target[:, columns] += _elements(change, columns)
-        return slope
+            total += logits.sum(dim=2, keepdim=True)
+            first += logits @ points.mT
+            target[:, columns] += _elements(torch.baddbmm(slopes @ attended, inward, logits), columns)
+        return to_centroids(total, first, step, temperature)
 
     def linearize(self, step: Step, grad: Tensor) -> Linearized:
         """Take derivatives at the last step, as if it had moved nothing; scalars only."""
-        slope, jacobian = self.slope(step, grad), 0
+        values, jacobian = step.new.to(self.dtype), step.new.new_zeros(*step.new.shape[:2], step.new.shape[1])
+        total, first = torch.zeros_like(step.mass), torch.zeros_like(step.old)
         for columns, points, attended in self.attended(step.old):
-            logits = step.new.to(self.dtype) * self._vectors(grad, columns, completed=False).mT
-            logits = through_softmax_(logits, attended)
-            slope += to_centroids(logits, points, None, step, self.scaled.temperature)
-            jacobian = jacobian + mean_jacobian(points, attended, None, step)
+            logits = through_softmax_(values * self._vectors(grad, columns, completed=False).mT, attended)
+            total += logits.sum(dim=2, keepdim=True)
+            first += logits @ points.mT
+            jacobian += mean_jacobian(points, attended, None, step)
+        slope = self.slope(step, grad) + to_centroids(total, first, step, self.scaled.temperature)
         return Linearized(slope, jacobian * (2 / self.scaled.temperature))
 
 

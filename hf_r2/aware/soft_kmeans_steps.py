@@ -133,26 +133,35 @@ def unroll(steps: list[Step], slope: Tensor, back: Callable[[Step, Tensor, bool]
         slope = back(step, pull, number == 0) + torch.where(moved, 0, slope)
 
 
-def attention(points: Tensor, centroids: Tensor, temperature: Tensor) -> Tensor:
-    """Return softmax_k(−‖x − c_k‖² / τ), `(groups, k, n)`, without the term x² that all clusters share.
+class Linear(NamedTuple):
+    """What is linear in the points: `slopes @ points + offsets`, of `(groups, k, d)` and `(groups, k, 1)`."""
 
-    Args:
-        points: `(groups, d, n)`, in the arithmetic to use.
-        centroids: `(groups, k, d)`, float64.
-        temperature: τ, `(groups, 1, 1)`, float64.
+    slopes: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def logits(cls, centroids: Tensor, temperature: Tensor, dtype: torch.dtype) -> "Linear":
+        """−‖x − c_k‖² / τ without the term x², which all clusters share."""
+        offsets = centroids.square().sum(dim=2, keepdim=True) / -temperature
+        return cls((centroids * (2 / temperature)).to(dtype), offsets.to(dtype))
+
+    @classmethod
+    def pull(cls, step: Step, pull: Tensor, dtype: torch.dtype) -> "Linear":
+        """Gradient of the attention through the new centroids, `pull · (x − new)`."""
+        return cls(pull.to(dtype), (pull * step.new).sum(dim=2, keepdim=True).neg_().to(dtype))
+
+    def of(self, points: Tensor) -> Tensor:
+        """Of points `(groups, d, n)`: `(groups, k, n)`."""
+        return torch.baddbmm(self.offsets, self.slopes, points)
+
+
+def softmax_(logits: Tensor) -> Tensor:
+    """Softmax over the clusters, in place.
+
+    This takes two thirds of the time of torch's own, and a fraction of it where attention would underflow.
     """
-    slopes = (centroids * (2 / temperature)).to(points.dtype)
-    offsets = (centroids.square().sum(dim=2, keepdim=True) / -temperature).to(points.dtype)
-    logits = torch.baddbmm(offsets, slopes, points)
-    # In place this takes two thirds of torch's softmax, and a fraction of it where attention would underflow
     logits.sub_(logits.amax(dim=1, keepdim=True)).clamp_min_(_LEAST_LOGIT).exp_()
     return logits.mul_(logits.sum(dim=1, keepdim=True).reciprocal_())
-
-
-def pull_of(points: Tensor, step: Step, pull: Tensor) -> Tensor:
-    """Gradient of the attention through the centroids, `pull · (x − new)`, `(groups, k, n)`."""
-    offsets = (pull * step.new).sum(dim=2, keepdim=True).neg_()
-    return torch.baddbmm(offsets.to(points.dtype), pull.to(points.dtype), points)
 
 
 def through_softmax_(gradient: Tensor, attended: Tensor) -> Tensor:
@@ -161,20 +170,18 @@ def through_softmax_(gradient: Tensor, attended: Tensor) -> Tensor:
     return gradient.addcmul_(attended, gradient.sum(dim=1, keepdim=True), value=-1)
 
 
-def to_points(logits: Tensor, step: Step, temperature: Tensor) -> Tensor:
-    """Gradient of the points, `(groups, d, n)`, from one of the logits."""
-    return (step.old * (2 / temperature)).to(logits.dtype).mT @ logits
+def to_points(step: Step, temperature: Tensor, dtype: torch.dtype) -> Tensor:
+    """Matrix that takes a gradient of the logits to one of the points, `(groups, d, k)`."""
+    return (step.old * (2 / temperature)).to(dtype).mT
 
 
-def to_centroids(logits: Tensor, points: Tensor, weights: Tensor | None, step: Step, temperature: Tensor) -> Tensor:
-    """Gradient of the old centroids, `(groups, k, d)`, from one of the logits.
+def to_centroids(total: Tensor, first: Tensor, step: Step, temperature: Tensor) -> Tensor:
+    """Gradient of the old centroids, `(groups, k, d)`.
 
     Args:
-        logits: `(groups, k, n)`.
-        points: `(groups, d, n)`, already multiplied with their weights.
-        weights: how often every point counts, `(groups, 1, n)`; None for once.
+        total: sums of the logits' gradient, `(groups, k, 1)`, float64.
+        first: sums of it times the points, `(groups, k, d)`, float64.
         step: the iteration.
         temperature: `(groups, 1, 1)`.
     """
-    total = logits.sum(dim=2, keepdim=True) if weights is None else logits @ weights.mT
-    return ((logits @ points.mT).double() - step.old * total.double()) * (2 / temperature)
+    return (first - step.old * total) * (2 / temperature)

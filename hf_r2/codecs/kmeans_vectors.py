@@ -146,7 +146,7 @@ def _reseed(vectors: Tensor, centres: Tensor, empty: Tensor, distances: Tensor) 
 
 def _lexicographic(tables: Tensor) -> Tensor:
     """Sort the entries `(groups, k, d)` of every table by their first element, then the second, and so on."""
+    order = torch.arange(tables.shape[1]).expand(tables.shape[:2])
     for axis in reversed(range(tables.shape[2])):
-        order = tables[..., axis].argsort(dim=1, stable=True)
-        tables = tables.gather(1, order[..., None].expand_as(tables))
-    return tables
+        order = order.gather(1, tables[..., axis].gather(1, order).argsort(dim=1, stable=True))
+    return tables.gather(1, order[..., None].expand_as(tables))

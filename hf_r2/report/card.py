@@ -19,6 +19,9 @@ METHOD_SENTENCES = {
 VECTOR_SENTENCE = (
     "palettes of vectors: look-up tables found by k-means, whose {bits}-bit codes each name {cluster_dim} weights"
 )
+AWARE_SENTENCES = {
+    "dkm": "palettes: look-up tables trained together with the weights by differentiable k-means (DKM)",
+}
 LOSS_SENTENCES = {
     "l_inf": "the largest magnitude of each group",
     "margin": "a learnable margin of each group and what stands outside it",
@@ -73,7 +76,7 @@ def _card_facts(manifest: Manifest) -> dict[str, Any]:
         "base_model": quantize["base_model"],
         "config": {**config, "bits": f"{config['bits']}{_over(config, '/')}"},
         "bits_tag": f"{config['bits']}-bit{_over(config, '-over-')}",
-        "method_sentence": (VECTOR_SENTENCE if _over(config) else METHOD_SENTENCES[config["method"]]).format(**config),
+        "method_sentence": _method_sentence(config),
         "r2_sentence": _r2_sentence(train.get("r2")),
         "model_class": evaluate.get("model_class"),
         "pipeline_tag": evaluate.get("pipeline_tag"),
@@ -92,6 +95,12 @@ def _card_facts(manifest: Manifest) -> dict[str, Any]:
         "environment": (evaluate or quantize)["environment"],
         "seconds": evaluate.get("seconds"),
     }
+
+
+def _method_sentence(config: dict[str, Any]) -> str:
+    if config.get("aware"):
+        return AWARE_SENTENCES[config["aware"]]
+    return (VECTOR_SENTENCE if _over(config) else METHOD_SENTENCES[config["method"]]).format(**config)
 
 
 def _metadata(facts: dict[str, Any]) -> ModelCardData:

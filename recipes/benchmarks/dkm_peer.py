@@ -22,7 +22,7 @@ def palettize(
     """Prepare a model in place.
 
     Args:
-        model: its Linear and Conv2d layers below the root are palettized, those of more than 2048 elements.
+        model: its Linear and Conv2d layers below the root are palettized, small ones too, as ours are.
         start: gives the centroids `(groups, 2^bits, dim)` to begin with, for a weight and a number of groups. The
             k-means++ of coremltools would take up to minutes.
         bits: of a code.
@@ -39,7 +39,7 @@ def palettize(
     from coremltools.optimize.torch.palettization import DKMPalettizer, DKMPalettizerConfig, ModuleDKMPalettizerConfig
 
     grouping = {} if rows is None else {"granularity": "per_grouped_channel", "group_size": rows}
-    settings = ModuleDKMPalettizerConfig(n_bits=bits, cluster_dim=dim, **grouping, **options)
+    settings = ModuleDKMPalettizerConfig(n_bits=bits, cluster_dim=dim, weight_threshold=0, **grouping, **options)
     palettizer = DKMPalettizer(model, DKMPalettizerConfig(global_config=settings))
     palettizer.prepare(inplace=True)
     for module in palettized(model):

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_r2.aware import DKM, DKMOptions
-from hf_r2.aware.dkm import merged, reseeded
+from hf_r2.aware.dkm import redundant, reseeded
 from hf_r2.codecs import CodecSettings, decode, encode
 
 
@@ -142,7 +142,7 @@ def test_copies_are_independent(weight):
     assert not torch.equal(step.centroids, other.centroids)
 
 
-@pytest.mark.parametrize(("bits", "cluster_dim", "expected"), [(1, 1, 0.4), (2, 1, 0.1), (4, 1, 0.00625), (4, 4, 0.4)])
+@pytest.mark.parametrize(("bits", "cluster_dim", "expected"), [(1, 1, 0.025), (2, 1, 0.00625), (4, 1, 0.1 / 256), (4, 4, 0.025)])
 def test_the_default_temperature_shrinks_with_the_distances_of_the_centroids(weight, bits, cluster_dim, expected):
     assert make(weight, bits, cluster_dim=cluster_dim).temperature == pytest.approx(expected)
 
@@ -186,12 +186,34 @@ def test_merged_centroids_are_warned_of(weight):
     assert "centroids have merged" in message
 
 
-def test_merged_centroids_part_again():
-    assert merged(torch.tensor([[0.0, 1.0, 1.0, 3.0]])).tolist() == [[False, True, False]]
-    assert reseeded(torch.tensor([[0.0, 1.0, 1.0, 3.0]])).tolist() == [[0.0, 1.0, 2.0, 3.0]]
-    assert reseeded(torch.tensor([[2.0, 2.0], [0.0, 1.0]])).tolist() == [[2.0, 2.0], [0.0, 1.0]]
-    step = make(torch.linspace(-1, 1, 100)[None], 2, temperature=0.01)
-    step.load(torch.tensor([[-0.5, 0.0, 0.0, 0.5]]))
-    for _ in range(20):
-        step(torch.linspace(-1, 1, 100)[None].requires_grad_()).sum().backward()
-    assert not merged(step.centroids).any()
+EQUAL = torch.ones(1, 4)
+
+
+def test_redundant_centroids_are_those_that_met_another_and_those_without_mass():
+    assert redundant(torch.tensor([[0.0, 1.0, 1.0, 3.0]]), EQUAL).tolist() == [[False, False, True, False]]
+    masses = torch.tensor([[5.0, 0.0, 7.0, 0.4]])
+    assert redundant(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), masses).tolist() == [[False, True, False, True]]
+
+
+def test_a_redundant_centroid_splits_the_heaviest_cluster():
+    masses = torch.tensor([[5.0, 0.0, 7.0, 6.0]])
+    assert reseeded(torch.tensor([[0.0, 1.0, 2.0, 4.0]]), masses).tolist() == [[0.0, 1.5, 2.0, 4.0]]
+    assert reseeded(torch.tensor([[0.0, 1.0, 1.0, 3.0]]), EQUAL).tolist() == [[0.0, 1.0, 0.5, 3.0]]
+    vectors = torch.tensor([[[0.0, 0.0], [9.0, 9.0], [2.0, 0.0], [0.0, 8.0]]])
+    assert reseeded(vectors, masses).tolist() == [[[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 8.0]]]
+
+
+def test_groups_without_redundant_centroids_or_without_a_neighbour_stay():
+    centroids = torch.tensor([[2.0, 2.0], [0.0, 1.0], [1.0, 1.0]])
+    assert torch.equal(reseeded(centroids, torch.ones(3, 2)), centroids)
+
+
+@pytest.mark.parametrize("start", [[-0.5, 0.0, 0.0, 0.5], [-0.5, 0.0, 0.5, 50.0]], ids=["merged", "empty"])
+def test_redundant_centroids_come_back_to_use(start):
+    values = torch.linspace(-1, 1, 100)[None]
+    step = make(values, 2, temperature=0.01)
+    step.load(torch.tensor([start]))
+    for _ in range(30):
+        step(values.clone().requires_grad_()).sum().backward()
+    assert not redundant(step.centroids, step.masses).any()
+    assert step.centroids.abs().max() < 1

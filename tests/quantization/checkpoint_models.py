@@ -47,8 +47,9 @@ CODECS: dict[str, dict[str, Any]] = {
     "full": {"method": "uniform", "bits": 3, "grid": "full"},
     "midrise": {"method": "uniform", "bits": 2, "grid": "midrise"},
     "affine": {"method": "uniform", "bits": 4, "symmetric": False},
-    "searched_range": {"method": "uniform", "bits": 5, "range": "mse"},
     "palette": {"method": "palette", "bits": 3},
+    "vectors": {"method": "palette", "bits": 4, "cluster_dim": 3},
+    "searched_range": {"method": "uniform", "bits": 5, "range": "mse"},
 }
 GRAINS: tuple[str | int, ...] = ("tensor", "channel", 5)
 

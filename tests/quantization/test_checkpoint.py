@@ -27,6 +27,7 @@ from hf_r2.codecs.settings import GRIDS, RANGES
 from hf_r2.quantization import compress
 
 INCLUDE_ALL = {"method": "palette", "bits": 2, "include": ["*"]}
+VECTORS = {"method": "palette", "bits": 4, "cluster_dim": 4}
 
 
 def codes_and_codebooks(model):
@@ -66,6 +67,7 @@ def test_every_codec_and_grid_has_a_row_in_these_tests():
     assert {row.grid for row in rows if row.symmetric} == set(GRIDS)
     assert {row.range for row in rows if row.method == "uniform"} == set(RANGES)
     assert {row.symmetric for row in rows if row.method == "uniform"} == {True, False}
+    assert {row.cluster_dim > 1 for row in rows if row.method == "palette"} == {True, False}
 
 
 @pytest.mark.parametrize("grain", GRAINS)
@@ -96,6 +98,17 @@ def test_every_width_of_code_reloads_bit_equal(bits, compressed_checkpoint):
     }
     assert_same_tensors(weights, expected)
     assert all(weight.unique().numel() <= 2**bits for weight in weights.values())
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize(("bits", "cluster_dim"), [(1, 2), (2, 64), (4, 4), (8, 7), (8, 2)])
+@pytest.mark.parametrize("family", ["resnet", "gpt2"])
+def test_vectors_of_every_length_reload_bit_equal(family, bits, cluster_dim, grain, compressed_checkpoint):
+    settings = {"method": "palette", "bits": bits, "cluster_dim": cluster_dim, "grain": grain, "include": ["*"]}
+    weights = selected(load(family, compressed_checkpoint(family, **settings)), include=["*"])
+    config = R2QuantizationConfig(**settings)
+    expected = {name: decode(encode(weight, config)) for name, weight in selected(build(family), include=["*"]).items()}
+    assert_same_tensors(weights, expected)
 
 
 def test_compress_does_to_a_model_in_memory_what_loading_with_a_config_does(float_checkpoint):
@@ -134,6 +147,21 @@ def test_the_file_holds_flat_codes_under_the_names_of_the_weights_with_codebooks
         assert tensors[name].dtype == torch.uint8
         assert tensors[name].shape == ((3 * weight.numel() + 7) // 8,)
         assert tensors[f"{name}_lut"].shape == (len(weight), 8)
+
+
+def test_the_file_holds_a_code_for_every_vector_and_tables_of_vectors(compressed_checkpoint):
+    tensors = load_file(compressed_checkpoint("resnet", **VECTORS) / "model.safetensors")
+    for name, weight in selected(build("resnet")).items():
+        codes = len(weight) * -(-weight[0].numel() // 4)
+        assert tensors[name].shape == ((4 * codes + 7) // 8,)
+        assert (tensors[f"{name}_lut"].shape, tensors[f"{name}_lut"].dtype) == ((len(weight), 16, 4), torch.float32)
+
+
+def test_palettes_of_single_values_are_written_alike_with_and_without_their_length(compressed_checkpoint):
+    plain = compressed_checkpoint("resnet", method="palette", bits=2)
+    named = compressed_checkpoint("resnet", method="palette", bits=2, cluster_dim=1)
+    for file in ("model.safetensors", "config.json"):
+        assert (plain / file).read_bytes() == (named / file).read_bytes(), file
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -256,7 +284,11 @@ def test_an_embedding_is_compressed_only_on_request(compressed_checkpoint):
     assert torch.equal(asked.get_parameter(embedding), decode(encode(floats, config, embedding)))
 
 
-@pytest.mark.parametrize("settings", [{"method": "palette", "bits": 2}, INCLUDE_ALL], ids=["untouched", "compressed"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"method": "palette", "bits": 2}, INCLUDE_ALL, {**VECTORS, "grain": "tensor", "include": ["*"]}],
+    ids=["untouched", "compressed", "vectors"],
+)
 def test_a_tied_embedding_stays_tied_through_saving_and_loading(settings, float_checkpoint, tmp_path):
     model = load("gpt2", float_checkpoint("gpt2"), quantization_config=R2QuantizationConfig(**settings))
     model.save_pretrained(tmp_path)

@@ -27,6 +27,8 @@ ROUND_TRIPS = [
     {"overrides": {"z*": {"bits": 3}, "*.mlp.*": {"method": "palette", "bits": 1}, "*.1.*": {"bits": 5}, "c*": {}}},
     {"overrides": [("z*", {"bits": 8}), ("*", {"grain": "tensor", "bits": 6}), ("a*", {"bits": 2})]},
     {"method": "palette", "overrides": {"*.mlp.*": {"method": "uniform", "symmetric": False}}},
+    {"method": "palette", "cluster_dim": 4, "overrides": {"*.mlp.*": {"cluster_dim": 2}, "c*": {"cluster_dim": 1}}},
+    {"overrides": {"*.mlp.*": {"method": "palette", "cluster_dim": 64}, "*.1.*": {"bits": 8}}},
 ]
 
 
@@ -76,6 +78,13 @@ def test_the_written_config_names_method_and_version_and_leaves_out_what_is_unse
         "bits": 2,
         "grain": "channel",
     }
+
+
+def test_the_length_of_vectors_is_written_unless_it_is_one():
+    assert through_json(R2QuantizationConfig(method="palette", cluster_dim=2))["cluster_dim"] == 2
+    assert "cluster_dim" not in through_json(R2QuantizationConfig(method="palette", cluster_dim=1))
+    assert R2QuantizationConfig(method="palette").cluster_dim == 1
+    assert R2QuantizationConfig().cluster_dim is None
 
 
 def test_defaults_are_four_bit_uniform_channels():
@@ -134,6 +143,17 @@ def test_a_pattern_listed_twice_applies_both_times():
             CodecSettings("uniform", 8, 8, grid="midrise"),
         ),
         ({"grid": "full", "range": "mse"}, {"method": "uniform"}, CodecSettings(grid="full", range="mse")),
+        ({"method": "palette", "cluster_dim": 4}, {"method": "uniform"}, CodecSettings("uniform", 4)),
+        (
+            {"method": "palette", "cluster_dim": 4},
+            {"method": "palette", "bits": 8},
+            CodecSettings("palette", 8, cluster_dim=4),
+        ),
+        (
+            {"grid": "full"},
+            {"method": "palette", "cluster_dim": 2},
+            CodecSettings("palette", 4, cluster_dim=2),
+        ),
     ],
 )
 def test_a_change_of_method_leaves_the_other_methods_options_behind(base, override, expected):
@@ -169,6 +189,14 @@ def test_an_override_turns_affine_on_and_off():
         ({"method": "palette", "grid": "full"}, "'grid' is an option of method 'uniform'; remove it for 'palette'"),
         ({"method": "palette", "symmetric": True}, "'symmetric' is an option of method 'uniform'"),
         ({"method": "palette", "range": "mse"}, "'range' is an option of method 'uniform'"),
+        ({"cluster_dim": 2}, "'cluster_dim' is an option of method 'palette'; remove it for 'uniform'"),
+        ({"method": "palette", "cluster_dim": 0}, "cluster_dim=0 is not a whole number from 1 to 64"),
+        ({"overrides": {"a": {"cluster_dim": 2}}}, "'cluster_dim' is an option of method 'palette'"),
+        (
+            {"method": "palette", "cluster_dim": 2, "overrides": {"a": {"method": "uniform", "cluster_dim": 2}}},
+            "'cluster_dim' is an option of method 'palette'; remove it for 'uniform'",
+        ),
+        ({"method": "palette", "overrides": {"a": {"cluster_dim": 65}}}, "cluster_dim=65 is not a whole number"),
         ({"overrides": {"a": {"bits": 9}}}, "bits=9 .* from 2 to 8"),
         ({"overrides": {"a": {"method": "palette", "range": "mse"}}}, "'range' is an option of method 'uniform'"),
         ({"overrides": {"a": {"grain": 0}}}, "unknown grain 0"),

@@ -86,6 +86,12 @@ def checkpoint(sound, tmp_path):
     return Checkpoint(Path(shutil.copytree(sound, tmp_path / "checkpoint")))
 
 
+@pytest.fixture
+def vectors(compressed_checkpoint, tmp_path):
+    source = compressed_checkpoint("resnet", method="palette", bits=2, grain=10, cluster_dim=4)
+    return Checkpoint(Path(shutil.copytree(source, tmp_path / "vectors")))
+
+
 def flip(content, byte, bit):
     return content[:byte] + bytes([content[byte] ^ (1 << bit)]) + content[byte + 1 :]
 
@@ -337,6 +343,57 @@ def test_a_config_that_asks_for_other_settings_of_all_weights_is_refused(compres
     checkpoint = Checkpoint(Path(shutil.copytree(source, tmp_path / "checkpoint")))
     checkpoint.edit_config(lambda config: config.update(options))
     checkpoint.refused(match=f"{ADVICE}|do not belong together")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"cluster_dim": 2}, {"cluster_dim": 1}, {"cluster_dim": 5}, {"bits": 3}, {"grain": "tensor"}, {"grain": 8}],
+    ids=str,
+)
+def test_a_config_that_asks_for_other_vectors_is_refused(vectors, options):
+    vectors.edit_config(lambda config: config.update(options))
+    vectors.refused(match=f"{ADVICE}|do not belong together")
+
+
+def test_a_config_that_lost_its_vectors_is_refused(vectors):
+    vectors.edit_config(lambda config: config.pop("cluster_dim"))
+    vectors.refused(match=f"{ADVICE}|do not belong together")
+
+
+def test_vectors_that_have_equally_many_codes_are_told_apart(compressed_checkpoint, tmp_path):
+    # A group of 5 has two codes at 3 as at 4 elements a code, and the tables of 3 values would be read as such of 4
+    source = compressed_checkpoint("resnet", method="palette", bits=1, grain=5, cluster_dim=3)
+    checkpoint = Checkpoint(Path(shutil.copytree(source, tmp_path / "checkpoint")))
+    checkpoint.edit_config(lambda config: config.update(cluster_dim=4))
+    checkpoint.refused(match=f"{ADVICE}|do not belong together")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda lut: lut.transpose(1, 2).contiguous(),
+        lambda lut: lut.flatten(1),
+        lambda lut: lut[..., :-1].contiguous(),
+        lambda lut: lut.flip(1),
+        lambda lut: lut.half(),
+    ],
+    ids=["transposed", "flat", "shorter vectors", "other order", "half precision"],
+)
+def test_tables_of_vectors_that_were_changed_are_refused(vectors, edit):
+    name = f"{CLASSIFIER}_lut"
+    vectors.edit_tensors(lambda tensors: tensors.update({name: edit(tensors[name])}))
+    vectors.refused()
+
+
+def test_codes_of_vectors_that_were_cut_or_flipped_are_refused(vectors):
+    content = vectors.file.read_bytes()
+    first, end = vectors.header[CLASSIFIER]["data_offsets"]
+    for byte in (first, end - 1):
+        vectors.write(flip(content, vectors.data_start + byte, 0))
+        vectors.refused()
+    vectors.write(content)
+    vectors.edit_tensors(lambda tensors: tensors.update({CLASSIFIER: tensors[CLASSIFIER][:-1].clone()}))
+    vectors.refused()
 
 
 def test_group_sizes_that_give_equally_many_groups_are_told_apart(compressed_checkpoint, tmp_path):

@@ -8,6 +8,7 @@ from checkpoint_models import CODECS, FAMILIES, GRAINS, inputs, load, logits, mi
 from safetensors.torch import load_file, save_file
 
 TIED = {"method": "palette", "bits": 2, "include": ["*"]}
+TIED_VECTORS = {**TIED, "bits": 4, "grain": "tensor", "cluster_dim": 3}
 
 # For each directory: reads the inputs beside it, writes the logits and the selected weights beside it
 WITH_HF_R2 = """
@@ -60,9 +61,9 @@ def beside(directory, suffix):
 
 @pytest.fixture(scope="module")
 def checkpoints(compressed_checkpoint):
-    """Family and directory of a checkpoint of every architecture, all codecs in it, and of one with tied codes."""
+    """Family and directory of a checkpoint of every architecture, all codecs in it, and of some with tied codes."""
     found = [(family, compressed_checkpoint(family, **mixed(family))) for family in FAMILIES]
-    found.append(("gpt2", compressed_checkpoint("gpt2", **TIED)))
+    found += [("gpt2", compressed_checkpoint("gpt2", **settings)) for settings in (TIED, TIED_VECTORS)]
     for family, directory in found:
         save_file(inputs(family), beside(directory, "inputs"))
     return found
@@ -75,7 +76,7 @@ def outputs(checkpoints):
     return {directory: load_file(beside(directory, "outputs")) for _, directory in checkpoints}
 
 
-@pytest.mark.parametrize("index", range(len(FAMILIES) + 1), ids=[*FAMILIES, "gpt2-tied"])
+@pytest.mark.parametrize("index", range(len(FAMILIES) + 2), ids=[*FAMILIES, "gpt2-tied", "gpt2-vectors"])
 def test_a_fresh_process_computes_bit_equal_logits(index, checkpoints, outputs):
     family, directory = checkpoints[index]
     model = load(family, directory)

@@ -101,7 +101,10 @@ def test_peer_starts_and_trains_as_ours_does(tiny_model):
         variants = benchmark.layer_variants(case, here, here)
         peers = {name: variant for name, variant in variants.items() if name.startswith(benchmark.PEER)}
         expected = [benchmark.PEER, benchmark.PEER_DEFAULT, benchmark.PEER_BATCH][: 2 if case.rows is None else 3]
-        assert_finite(benchmark.compare(peers, seconds=0.01), expected)
+        found = benchmark.compare(peers, seconds=0.01)
+        assert_finite(found, expected)
+        # A layer that coremltools leaves as it is holds little more than its gradient
+        assert found["bytes"][benchmark.PEER] / (4 * case.width**2) > 5
     assert_finite(benchmark.compare(benchmark.model_variants(1, here, here), 0.01), ["dense", "ours", "coremltools"])
     # Far from ours only if it computes something else
     assert benchmark.gradient_error(2, 1e-4, 64, {"prune_threshold": 0.0}) <= 0.01

@@ -92,3 +92,9 @@ def test_published_results_are_cells_of_the_study():
     assert {path.name for path in folder.iterdir()} == expected
     for path in folder.iterdir():
         assert plan.result_path(study, json.loads(path.read_text(encoding="utf-8"))["cell"]).name == path.name
+
+
+def test_published_dkm_tables_are_those_of_the_results():
+    command = [sys.executable, STUDY / "dkm.py", STUDY / "dkm.yaml", "--render", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -45,6 +45,24 @@ def test_card_of_an_unevaluated_checkpoint_claims_no_accuracy(checkpoint):
     assert ModelCard.load(checkpoint / "README.md").text == card.text
 
 
+def test_card_says_over_how_many_weights_a_code_of_vectors_reaches(checkpoint):
+    assert "| palette 3-bit, tensor" in render_card(checkpoint).text
+    assert "over" not in " ".join(render_card(checkpoint).data.tags)
+    out = checkpoint.with_name("vectors")
+    config = R2QuantizationConfig(
+        "palette", bits=4, grain="tensor", cluster_dim=4, overrides={"classifier.*": {"cluster_dim": 1}}
+    )
+    R2Quantizer.from_pretrained(checkpoint.with_name("toy")).quantize(out, config)
+    card = render_card(out)
+    assert "# toy-4bit-over-4" in card.text
+    assert "4/4-bit weights by palettes of vectors: look-up tables found by k-means, whose 4-bit codes" in card.text
+    assert "each name 4 weights" in card.text
+    assert "| palette 4-bit over 4, tensor" in card.text
+    assert "| palette 4-bit, tensor" in card.text
+    assert "4-bit-over-4" in card.data.tags
+    assert "4-bit" not in card.data.tags
+
+
 def test_card_of_an_evaluated_checkpoint_shows_what_was_measured(checkpoint):
     evaluate(checkpoint, row("R2", "float", 0.8), row("R2", "3-bit", 0.6, published=True))
     card = render_card(checkpoint)

@@ -1,0 +1,279 @@
+"""Soft k-means of scalars by tables.
+
+The soft weight is a smooth function of the weight, so it is computed in the middle of many narrow bins and continued
+linearly within each: one look-up per element, for any number of clusters and iterations. The iterations themselves run
+on few nodes, which carry the elements' counts as cubic interpolation does: sums over the nodes are sums over all
+elements of the interpolated function.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hf_r2.aware.soft_kmeans_nodes import Nodes, output_at
+from hf_r2.aware.soft_kmeans_steps import Scaled, Step
+from hf_r2.grain import pieces
+
+LEAST_BINS, MOST_BINS = 1 << 11, 1 << 16
+
+_BIN = 0.03
+"""By how much a logit may change within a bin: linear continuation then leaves gradients four correct digits."""
+
+_BINS_PER_NODE = 4
+
+_ELEMENTS_PER_BIN = 4
+"""With fewer, passes over all elements cost no more than the tables."""
+
+_ENTRIES = 1 << 19
+"""Entries of the tables, groups × clusters × bins, that are worked on at a time."""
+
+
+class Bins(NamedTuple):
+    """Bins of equal width for the elements of every row of a block.
+
+    Args:
+        low: lower end of the first one, `(groups, 1)`, dtype of the arithmetic.
+        per_unit: bins per unit, `(groups, 1)`.
+        count: of every row.
+    """
+
+    low: Tensor
+    per_unit: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, low: Tensor, high: Tensor, count: int) -> "Bins":
+        """Make the first and the last bin's middle the smallest and the largest element."""
+        per_unit = ((count - 1) / (high.double() - low.double())).float()
+        return cls((low.double() - 0.5 / per_unit.double()).float(), per_unit, count)
+
+    def of_groups(self, groups: slice) -> "Bins":
+        """Return those of some groups."""
+        return Bins(self.low[groups], self.per_unit[groups], self.count)
+
+    def middles(self) -> Tensor:
+        """Middles of the bins, `(groups, 1, bins)` in float64."""
+        return self._at(torch.arange(self.count))
+
+    def nodes(self) -> Tensor:
+        """Nodes, `(groups, 1, nodes)` in float64; see [`Spread`]."""
+        return self._at(torch.arange(-2, self.count // _BINS_PER_NODE + 2) * _BINS_PER_NODE)
+
+    def _at(self, number: Tensor) -> Tensor:
+        return (self.low.double() + (number + 0.5) / self.per_unit.double())[:, None]
+
+
+class Table(NamedTuple):
+    """What the passes over all elements of a block need.
+
+    Args:
+        scaled: units, temperature and stop rule.
+        bins: the bins.
+        index: of each element's bin, plus the bins of the rows before it in its piece, int32, shape of the block.
+        offsets: of the bins' means from their middles, in bins, `(groups, bins)`.
+        bands: groups that are worked on together, with their nodes and steps.
+    """
+
+    scaled: Scaled
+    bins: Bins
+    index: Tensor
+    offsets: Tensor
+    bands: list[tuple[slice, Nodes, list[Step]]]
+
+
+class Spread:
+    """Cubic interpolation between nodes that are `_BINS_PER_NODE` bins apart.
+
+    Args:
+        offsets: see [`Table`].
+    """
+
+    def __init__(self, offsets: Tensor) -> None:
+        # Two nodes precede the first bin, so that the four around every place exist
+        places = (torch.arange(offsets.shape[1]) + offsets.double()) / _BINS_PER_NODE + 2
+        first = places.floor()
+        self._first = first.long() - 1
+        self._shares = _cubic(places - first)
+        self.nodes = offsets.shape[1] // _BINS_PER_NODE + 4
+
+    def to_nodes(self, values: Tensor) -> Tensor:
+        """Distribute values of the bins `(groups, bins)` to the nodes `(groups, nodes)`."""
+        result = values.new_zeros(len(values), self.nodes)
+        for number, share in enumerate(self._shares):
+            result.scatter_add_(1, self._first + number, values * share)
+        return result
+
+
+def _cubic(t: Tensor) -> list[Tensor]:
+    """Shares of the four nodes at −1, 0, 1 and 2 in a value at t of [0, 1]."""
+    before, after, second = t + 1, t - 1, t - 2
+    return [t * after * second / -6, before * after * second / 2, before * t * second / -2, before * t * after / 6]
+
+
+def to_middles(values: Tensor) -> Tensor:
+    """Interpolate values at the nodes `(groups, nodes)` to the bins' middles `(groups, bins)`."""
+    shares = torch.stack(_cubic(torch.arange(_BINS_PER_NODE, dtype=values.dtype) / _BINS_PER_NODE))
+    return (values.unfold(1, 4, 1)[:, 1:] @ shares).flatten(1)
+
+
+class TableSoftKMeans(torch.autograd.Function):
+    """Soft weights of a block by a table that [`tabulate`] made."""
+
+    @staticmethod
+    def forward(ctx: Any, block: Tensor, table: Table, implicit: bool) -> Tensor:
+        """Look up f, continued linearly by f′."""
+        # The index is saved by itself, so that autograd can free it
+        ctx.table, ctx.implicit = table._replace(index=None), implicit
+        ctx.save_for_backward(block, table.index)
+        output = torch.empty(block.shape, dtype=block.dtype)
+        f, slopes = _tabulated(table)
+        pairs = _packed(f - slopes * table.bins.middles()[:, 0], slopes)
+        for groups, (piece, index, target) in pieces(block, table.index, output):
+            found = _look_up(pairs[groups], index)
+            target.copy_(torch.addcmul(found[..., 0], found[..., 1], piece))
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        """Look up f′ and q, both continued linearly."""
+        block, index = ctx.saved_tensors
+        table = ctx.table._replace(index=index)
+        quads = _gradient_table(table, grad, ctx.implicit)
+        result = torch.empty(block.shape, dtype=block.dtype)
+        for groups, (piece, where, part, target) in pieces(block, index, grad, result):
+            found = _look_up(quads[groups], where)
+            own = torch.addcmul(found[..., 0], found[..., 1], piece)
+            target.copy_(torch.addcmul(found[..., 2], found[..., 3], piece).addcmul_(own, part))
+        return result, None, None
+
+
+def tabulate(block: Tensor, start: Tensor, scaled: Scaled) -> Table | None:
+    """Cut the elements of a block `(groups, n)` on a CPU into bins and run soft k-means on them.
+
+    Args:
+        block: float16, bfloat16 or float32.
+        start: centroids `(groups, k, 1)` in scaled units, float64.
+        scaled: units, temperature and stop rule.
+
+    Returns:
+        The table; None where bins would be too many or too wide, and [`ExactSoftKMeans`] should do it instead.
+    """
+    low, high = block.amin(dim=1, keepdim=True).float(), block.amax(dim=1, keepdim=True).float()
+    reach, largest = high.double() - low.double(), torch.maximum(low.abs(), high.abs()).double()
+    # Values far from zero, compared with their spread, would lose their last digits in a linear continuation
+    if not bool(((reach > largest / 2) & (reach > 1e-30) & (largest < 1e30)).all()):
+        return None
+    steps = [Step(start, start, start, None)]
+    wanted = _bins_for(steps, reach, scaled)
+    while wanted <= min(MOST_BINS, block.shape[1] // _ELEMENTS_PER_BIN):
+        table = _run(block, start, scaled, Bins.of(low, high, wanted))
+        count, wanted = (
+            wanted,
+            max(_bins_for(steps, reach[groups], scaled.of(groups)) for groups, _, steps in table.bands),
+        )
+        if wanted <= count:
+            return table
+    return None
+
+
+def _bins_for(steps: list[Step], reach: Tensor, scaled: Scaled) -> int:
+    """Count the bins, a power of 2, that resolve the attention of all steps over the reach of the elements."""
+    centroids = torch.stack([step.old[..., 0] for step in steps]).sort(dim=2).values
+    temperature = scaled.temperature[:, 0]
+    gap = centroids.diff(dim=2, prepend=centroids[..., :1]).amax(dim=(0, 2))[:, None]
+    span = (centroids[..., -1] - centroids[..., 0]).amax(dim=0)[:, None]
+    # A logit changes fastest between neighbours far apart, or across as many as share one temperature
+    slope = torch.maximum(2 * gap / temperature, torch.minimum(2 * span / temperature, 2 / temperature.sqrt()))
+    bins = float((reach / scaled.scale[:, 0] * slope).max()) / _BIN
+    return max(LEAST_BINS, 1 << max(0, math.ceil(math.log2(max(bins, 1)))))
+
+
+def _run(block: Tensor, start: Tensor, scaled: Scaled, bins: Bins) -> Table:
+    index, counts, offsets = _assign(block, bins)
+    dtype = scaled.arithmetic(block)
+    bands = []
+    for groups in _bands(len(block), start.shape[1] * bins.count):
+        points = scaled.of(groups).inward(bins.of_groups(groups).nodes()).to(dtype)
+        weights = Spread(offsets[groups]).to_nodes(counts[groups])
+        nodes = Nodes(points, weights[:, None], scaled.of(groups))
+        bands.append((groups, nodes, nodes.iterate(start[groups])))
+    return Table(scaled, bins, index, offsets, bands)
+
+
+def _bands(groups: int, entries: int) -> list[slice]:
+    size = max(1, _ENTRIES // entries)
+    return [slice(first, first + size) for first in range(0, groups, size)]
+
+
+def _assign(block: Tensor, bins: Bins) -> tuple[Tensor, Tensor, Tensor]:
+    """Index of each element's bin, numbers of elements in the bins, and offsets of their means; see [`Table`]."""
+    index = torch.empty(block.shape, dtype=torch.int32)
+    counts = torch.zeros(len(block), bins.count, dtype=torch.float64)
+    sums = torch.zeros_like(counts)
+    for groups, (piece, target) in pieces(block, index):
+        place = (piece - bins.low[groups]).mul_(bins.per_unit[groups])
+        target.copy_(place)
+        place.sub_(target)
+        if len(target) > 1:
+            target += torch.arange(len(target), dtype=torch.int32)[:, None] * bins.count
+        counts[groups] += _histogram(target, None, bins.count)
+        sums[groups] += _histogram(target, place, bins.count)
+    return index, counts, torch.where(counts > 0, sums / counts - 0.5, 0).float()
+
+
+def _histogram(index: Tensor, weights: Tensor | None, bins: int) -> Tensor:
+    """Count, or sum weights, over the bins of the rows of a piece: `(rows, bins)`."""
+    weights = None if weights is None else weights.reshape(-1)
+    return torch.bincount(index.reshape(-1), weights, minlength=len(index) * bins).view(len(index), bins)
+
+
+def _tabulated(table: Table) -> tuple[Tensor, Tensor]:
+    """Return f, in units of the block, and f′ in the middles of all bins, `(groups, bins)` in float64."""
+    f, slopes = torch.empty(2, *table.offsets.shape, dtype=torch.float64)
+    for groups, nodes, steps in table.bands:
+        scaled = nodes.scaled
+        points = scaled.inward(table.bins.of_groups(groups).middles()).to(nodes.points.dtype)
+        size = max(1, _ENTRIES // steps[0].new.numel())
+        for columns in (slice(first, first + size) for first in range(0, table.bins.count, size)):
+            values, slope = output_at(points[..., columns], steps[0], scaled.temperature)
+            f[groups, columns] = scaled.outward(values.double())[:, 0]
+            slopes[groups, columns] = slope[:, 0].double()
+    return f, slopes
+
+
+def _gradient_table(table: Table, grad: Tensor, implicit: bool) -> Tensor:
+    """Return constant and slope of f′ and of q, `(groups, bins, 4)` in float32."""
+    sums = torch.zeros(table.offsets.shape, dtype=torch.float64)
+    for groups, (part, index) in pieces(grad, table.index):
+        sums[groups] += _histogram(index, part.float(), table.bins.count)
+    q = torch.empty_like(sums)
+    for groups, nodes, steps in table.bands:
+        grads = Spread(table.offsets[groups]).to_nodes(sums[groups])
+        q[groups] = to_middles(nodes.gradient(steps, grads[:, None], implicit)[:, 0].double())
+    middles = table.bins.middles()[:, 0]
+    columns = []
+    for values in (_tabulated(table)[1], q):
+        slope = _slopes(values) * table.bins.per_unit
+        columns += [values - slope * middles, slope]
+    return _packed(*columns)
+
+
+def _slopes(values: Tensor) -> Tensor:
+    """Changes per bin, `(groups, bins)`, from both neighbours."""
+    change = values.diff(dim=1)
+    return (torch.cat([change[:, :1], change], dim=1) + torch.cat([change, change[:, -1:]], dim=1)) / 2
+
+
+def _packed(*columns: Tensor) -> Tensor:
+    return torch.stack(columns, dim=-1).float()
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """Look up all columns of a table `(rows, bins, 2 or 4)` at once, as one wide number: `(rows, n, 2 or 4)`."""
+    wide = {2: torch.int64, 4: torch.complex128}[table.shape[2]]
+    found = table.flatten(0, 1).view(wide)[:, 0].index_select(0, index.reshape(-1))
+    return found[:, None].view(torch.float32).view(*index.shape, -1)

@@ -1,0 +1,183 @@
+"""Run and render the DKM study: ours beside coremltools' at the same bits, from the same starts.
+
+    python recipes/study/dkm.py recipes/study/dkm.yaml                      # run what is missing, then write README.md
+    python recipes/study/dkm.py recipes/study/dkm.yaml --render [--check]
+
+Interrupt it at any time: finished runs stay, and the next start goes on.
+"""
+
+import argparse
+import copy
+import logging
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import warnings
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from plan import load_result, load_study, save_result
+from tqdm import tqdm
+
+from hf_r2.files import atomic_write
+from hf_r2.report.tables import markdown_table
+
+README = Path(__file__).parent / "README.md"
+BEGIN, END = "<!-- dkm: rendered by recipes/study/dkm.py -->", "<!-- end of dkm -->"
+
+
+def cell(study: dict[str, Any], start: str, seed: int, bits: int, method: str) -> dict[str, Any]:
+    """Specify one run completely: whatever changes its result is in it."""
+    shared = {key: study[key] for key in ("model", "start_training", "training", "first_and_last")}
+    restriction = study["starts"][start]
+    return {"start": start, "restriction": restriction, "seed": seed, "bits": bits, "method": method, **shared}
+
+
+def cells(study: dict[str, Any], start: str, seed: int) -> list[dict[str, Any]]:
+    return [cell(study, start, seed, bits, method) for bits, method in product(study["bits"], study["methods"])]
+
+
+def run_start(job: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Train the start that some cells share, then compress it as each of them says."""
+    import torch
+    from cell import accuracy, digits, fit
+    from transformers import AutoConfig, AutoModelForImageClassification, set_seed
+    from transformers.utils import logging as transformers_logging
+
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()
+    train, test = digits("test")
+    first = job[0]
+    set_seed(first["seed"])
+    config = AutoConfig.for_model(**copy.deepcopy(first["model"]))
+    start = AutoModelForImageClassification.from_config(config)
+    spec = {"grain": "tensor", "training": first["start_training"], "seed": first["seed"]}
+    fit(start, train, spec, first["restriction"])
+    floats = accuracy(start, test)
+    return [(spec, {"float": floats, **compress(copy.deepcopy(start), spec, train, test)}) for spec in job]
+
+
+def compress(model: Any, spec: dict[str, Any], train: Any, test: Any) -> dict[str, float]:
+    """Compress a float model by the method of a cell, and measure it as trained and with batch norm re-estimated."""
+    from cell import accuracy
+
+    from hf_r2.refine import reestimate_batch_norm
+
+    model = {"k-means": by_kmeans, "hf_r2": by_hf_r2, "coremltools": by_coremltools}[spec["method"]](model, spec, train)
+    measured = {"accuracy": accuracy(model, test)}
+    reestimate_batch_norm(model, ({"pixel_values": batch["pixel_values"]} for batch in train.batches()))
+    return {**measured, "accuracy_bn": accuracy(model, test)}
+
+
+def by_kmeans(model: Any, spec: dict[str, Any], train: Any) -> Any:
+    from hf_r2.quantization import compress
+
+    return compress(model, palettes(spec))
+
+
+def by_hf_r2(model: Any, spec: dict[str, Any], train: Any) -> Any:
+    from hf_r2 import attach, finalize
+
+    attach(model, palettes(spec, aware="dkm"))
+    for _ in steps(model, spec, train):
+        pass
+    return finalize(model)
+
+
+def by_coremltools(model: Any, spec: dict[str, Any], train: Any) -> Any:
+    logging.getLogger("coremltools").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    from coremltools.optimize.torch.palettization import DKMPalettizer, DKMPalettizerConfig, ModuleDKMPalettizerConfig
+
+    def settings(bits: int) -> ModuleDKMPalettizerConfig:
+        return ModuleDKMPalettizerConfig(n_bits=bits, weight_threshold=0)
+
+    outer = {layer: settings(spec["first_and_last"]["bits"]) for layer in spec["first_and_last"]["layers"]}
+    config = DKMPalettizerConfig(global_config=settings(spec["bits"]), module_name_configs=outer)
+    palettizer = DKMPalettizer(model, config)
+    palettizer.prepare(inplace=True)
+    for _ in steps(model, spec, train):
+        palettizer.step()
+    return palettizer.finalize(inplace=True)
+
+
+def palettes(spec: dict[str, Any], **options: Any) -> Any:
+    from hf_r2 import R2QuantizationConfig
+
+    outer = {f"{layer}.weight": {"bits": spec["first_and_last"]["bits"]} for layer in spec["first_and_last"]["layers"]}
+    return R2QuantizationConfig("palette", bits=spec["bits"], grain="tensor", overrides=outer, **options)
+
+
+def steps(model: Any, spec: dict[str, Any], train: Any) -> Iterator[int]:
+    """Train, in batches drawn from the seed alone; yield after each step."""
+    import torch
+
+    settings, count = spec["training"], spec["training"]["steps"]
+    options = {key: settings[key] for key in ("momentum", "weight_decay")}
+    optimizer = torch.optim.SGD(model.parameters(), lr=settings["learning_rate"], **options)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / count)))
+    generator = torch.Generator().manual_seed(spec["seed"])
+    model.train()
+    for step in range(count):
+        chosen = torch.randint(len(train), (settings["batch"],), generator=generator)
+        model(**{name: tensor[chosen] for name, tensor in train.tensors.items()}).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        yield step
+
+
+def run(study: dict[str, Any], processes: int) -> None:
+    jobs = [cells(study, start, seed) for start, seed in product(study["starts"], study["seeds"])]
+    missing = [[spec for spec in job if load_result(study, spec) is None] for job in jobs]
+    missing = [job for job in missing if job]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for results in tqdm(pool.imap_unordered(run_start, missing), total=len(missing), unit="start"):
+            for spec, result in results:
+                save_result(study, spec, result)
+
+
+def render(study: dict[str, Any]) -> str:
+    header = ("start", "method", "bits", "float", "compressed", "compressed, BN re-estimated")
+    rows = []
+    for start, bits, method in product(study["starts"], study["bits"], study["methods"]):
+        runs = [load_result(study, cell(study, start, seed, bits, method)) for seed in study["seeds"]]
+        if None in runs:
+            raise SystemExit(f"runs of {start}, {method}, {bits} bits are missing: python recipes/study/dkm.py")
+        figures = (_spread([100 * run[key] for run in runs]) for key in ("float", "accuracy", "accuracy_bn"))
+        rows.append((start, method, str(bits), *figures))
+    return "Accuracy in %, grain tensor.\n\n" + markdown_table(header, rows)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--render", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    study = load_study(options.study)
+    if not options.render:
+        run(study, options.processes)
+    current = README.read_text(encoding="utf-8")
+    head, _, rest = current.partition(BEGIN)
+    rendered = f"{head}{BEGIN}\n\n{render(study)}\n\n{END}{rest.partition(END)[2]}"
+    if not options.check:
+        atomic_write(README, rendered)
+    elif rendered != current:
+        raise SystemExit(f"README.md differs from the results: python recipes/study/dkm.py {options.study} --render")
+
+
+if __name__ == "__main__":
+    main()
