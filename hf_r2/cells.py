@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_r2.grain import pieces
+from hf_r2.grain import CPU_PIECE, pieces
 
 CELL = 128
 """Elements of a cell, about."""
@@ -25,7 +25,7 @@ class PickedCells(NamedTuple):
 
     def of(self, block: Tensor) -> np.ndarray:
         """Copy them from a block: `(cells, elements)`."""
-        return as_array(block).reshape(-1, self.size)[self.index]
+        return block.view(-1, self.size).index_select(0, torch.from_numpy(self.index)).numpy()
 
 
 def as_array(values: Tensor) -> np.ndarray:
@@ -78,8 +78,14 @@ def crowded(block: Tensor, level: Tensor) -> bool:
     """Tell from a sample whether so many elements exceed the level that most cells would be picked."""
     if not block.is_cpu or len(block) > 1 or block.shape[1] < 1 << 14:
         return False
-    sample = block[0, :: block.shape[1] >> 12]
-    return int((sample.abs() > level).sum()) * CELL > 0.5 * len(sample)
+    sample = sample_cells(block, 32)
+    return int(np.count_nonzero(np.abs(sample.numpy()) > level.item())) * CELL > 0.5 * sample.numel()
+
+
+def sample_cells(block: Tensor, count: int) -> Tensor:
+    """Copy about so many cells from all over a block of one group: `(1, elements)`. Single elements cost as much."""
+    cells = block.view(-1, cell_size(block.shape[1]))
+    return cells[:: max(1, len(cells) // count)].reshape(1, -1)
 
 
 def excess(block: Tensor, level: Tensor, picked: PickedCells | None) -> Tensor:
@@ -93,13 +99,32 @@ def excess(block: Tensor, level: Tensor, picked: PickedCells | None) -> Tensor:
     Returns:
         Sums and counts, `(2, groups)` in float64.
     """
-    results = torch.zeros(2, len(level), dtype=torch.float64, device=block.device)
     if picked is not None:
-        groups = torch.from_numpy(picked.groups)
-        above = torch.from_numpy(picked.of(block)).abs_().sub_(level[groups, None]).relu_()
-        return results.index_add_(1, groups, torch.stack([above.sum(dim=1), (above > 0).sum(dim=1)]).double())
+        above = np.maximum(np.abs(picked.of(block)) - level.numpy()[picked.groups, None], 0)
+        per_cell = above.sum(axis=1), np.count_nonzero(above, axis=1)
+        found = np.stack([np.bincount(picked.groups, each, len(level)) for each in per_cell])
+        return torch.from_numpy(found.astype(np.float64, copy=False))  # of nothing, NumPy counts integers
+    if block.is_cpu and len(block) == 1:
+        return torch.tensor(_excess_of_one(block.view(-1), level.item()), dtype=torch.float64)[:, None]
+    results = torch.zeros(2, len(level), dtype=torch.float64, device=block.device)
     for band, (piece,) in pieces(block):
         above = piece.abs().sub_(level[band, None]).relu_()
         results[0, band] += above.sum(dim=1)
         results[1, band] += above.sign_().sum(dim=1)
     return results
+
+
+def _excess_of_one(group: Tensor, level: float) -> tuple[float, float]:
+    total, count = 0.0, 0.0
+    buffer, split = cached_pieces(group)
+    for piece in split:
+        above = torch.abs(piece, out=buffer[: len(piece)]).sub_(level).relu_()
+        total += above.sum().item()
+        count += above.sign_().sum().item()
+    return total, count
+
+
+def cached_pieces(group: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Cut a vector on a CPU into pieces that stay in the cache, beside a buffer for what is computed from one."""
+    size = min(len(group), CPU_PIECE * torch.get_num_threads())
+    return group.new_empty(size), group.split(size)

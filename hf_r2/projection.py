@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_r2.cells import PickedCells, cell_peaks, crowded, excess, pick_cells
+from hf_r2.cells import CELL, PickedCells, cell_peaks, crowded, excess, pick_cells, sample_cells
 from hf_r2.grain import Grain, parse_grain, pieces
 from hf_r2.moments import require_finite, rms
 from hf_r2.selection import current_weights, scaled, select_trainable
@@ -18,6 +18,9 @@ PROJECTIONS = ("prox", "clip")
 
 NEWTON_STEPS = 24
 """At most; weights take two to five."""
+
+SAMPLED_CELLS = 256
+"""At least, of a weight that is sampled."""
 
 
 class RangeProjection:
@@ -155,8 +158,8 @@ def _prox_limits(weight: LocalWeight, t: Tensor | float, before: list[Tensor] | 
 
     The sum is convex and falls with τ, and it is linear between magnitudes: Newton's method reaches the solution
     exactly, from below, in a few steps. Any part of the elements gives a start that is not above the solution; the
-    cells' peaks give one that is close. Once many elements stand near the limit, that of the step before is closer
-    still.
+    cells' peaks give one that is close, and if few cells hold what is above it, sorting those elements solves for a
+    single group. Once many elements stand near the limit, that of the step before is closer still.
     """
     t = torch.as_tensor(t, dtype=torch.float64, device=weight.tensor.device)
     warm = (
@@ -166,31 +169,77 @@ def _prox_limits(weight: LocalWeight, t: Tensor | float, before: list[Tensor] | 
     )
     picked: list[PickedCells | None] = [None] * len(weight.elements)
     if warm:
-        limits = before
+        limits = [_sampled_solution(*pair, t) for pair in zip(weight.blocks(), before, strict=True)]
     else:
         peaks = [cell_peaks(block) for block in weight.blocks()]
-        limits = yield from weight.maximum([_sorted_solution(peak, t).to(peak.dtype) for peak in peaks])
-        picked = [pick_cells(*pair, above=True) for pair in zip(weight.blocks(), peaks, limits, strict=True)]
+        yield
+        limits = yield from weight.maximum([_sorted_solution(_few_of(peak), t).to(peak.dtype) for peak in peaks])
+        picked = [pick_cells(*each, above=True) for each in zip(weight.blocks(), peaks, limits, strict=True)]
+        if picked[0] and len(limits[0]) == 1 and not weight.spread:
+            return [_solution_in(picked[0].of(weight.blocks()[0]), limits[0], t)]
     for _ in range(NEWTON_STEPS):
         found = [excess(*arguments).T for arguments in zip(weight.blocks(), limits, picked, strict=True)]
         found = yield from weight.total(found)
-        new = []
-        for (sums, counts), limit in zip((part.unbind(dim=1) for part in found), limits, strict=True):
-            # No element above the limit: from zero, the way is up
-            step = torch.where(sums == 0, 0 if warm else limit, limit + (sums - t) / counts.clamp_min(1))
-            new.append(step.clamp_min(0).to(limit.dtype))
+        new = [_newton_step(limit, part, t, warm) for limit, part in zip(limits, found, strict=True)]
         # An accelerator takes all steps: to stop early, the host would have to wait for it
-        done = weight.tensor.is_cpu and all(map(torch.equal, new, limits))
+        done = weight.tensor.is_cpu and all(_settled(*each, warm) for each in zip(new, limits, found, strict=True))
         limits = new
         if done:
             break
     return limits
 
 
+def _newton_step(limit: Tensor, found: Tensor, t: Tensor, warm: bool) -> Tensor:
+    """Step from limits to the next, by the sums and counts above them, `(groups, 2)`."""
+    sums, counts = found.unbind(dim=1)
+    # No element above the limit: from zero, the way is up
+    step = torch.where(sums == 0, 0 if warm else limit, limit + (sums - t) / counts.clamp_min(1))
+    return step.clamp_min(0).to(limit.dtype)
+
+
+def _settled(new: Tensor, old: Tensor, found: Tensor, warm: bool) -> bool:
+    """Tell whether another step would change nothing, or among many elements a millionth of what stands out.
+
+    Newton's error is squared with every step: a step of a thousandth of the mean excess leaves about a millionth.
+    """
+    if not warm:
+        return torch.equal(new, old)
+    sums, counts = found.unbind(dim=1)
+    return bool(((new - old).abs() * counts.clamp_min(1) <= 1e-3 * sums).all())
+
+
+def _sampled_solution(block: Tensor, limit: Tensor, t: Tensor) -> Tensor:
+    """Solve for τ on a part of a block of one group, from any limit: on so many elements that it comes close."""
+    cells = block.numel() // CELL
+    if cells < 16 * SAMPLED_CELLS:
+        return limit
+    sample = sample_cells(block, max(SAMPLED_CELLS, cells // 16))
+    share = t * (sample.numel() / block.numel())
+    for _ in range(NEWTON_STEPS):
+        found = excess(sample, limit, None).T
+        limit, last = _newton_step(limit, found, share, warm=True), limit
+        if _settled(limit, last, found, warm=True):
+            break
+    return limit
+
+
+def _few_of(peaks: Tensor) -> Tensor:
+    """Peaks of larger cells, where there are many, without those that are left over: quicker to sort."""
+    groups, cells = peaks.shape
+    return peaks if cells < 1024 else peaks[:, : cells - cells % 16].view(groups, -1, 16).amax(dim=2)
+
+
+def _solution_in(cells: np.ndarray, limit: Tensor, t: Tensor) -> Tensor:
+    """Solve for τ of the only group on the cells that hold all elements above a limit that is not above τ."""
+    magnitudes = np.abs(cells)
+    above = magnitudes[~(magnitudes <= limit.item())]  # NaN, too
+    return _sorted_solution(torch.from_numpy(above)[None], t).to(limit.dtype) if above.size else limit
+
+
 def _sorted_solution(magnitudes: Tensor, t: Tensor) -> Tensor:
     """Solve for τ on a few magnitudes, `(groups, n)`: with S_k the sum of the k largest, `τ = max_k (S_k − t) / k`."""
     if magnitudes.is_cpu:  # NumPy sorts thirty times as fast
-        ordered = torch.from_numpy(np.sort(magnitudes.double().numpy(), axis=1)).flip(1)
+        ordered = torch.from_numpy(np.sort(magnitudes.numpy(), axis=1)).double().flip(1)
     else:
         ordered = magnitudes.double().sort(dim=1, descending=True).values
     counts = torch.arange(1, ordered.shape[1] + 1, device=ordered.device)
@@ -207,6 +256,9 @@ def _clamped(weight: Tensor, grain: Grain, limits: Callable[[LocalWeight], Routi
 
 def _clamp(blocks: list[Tensor], limits: list[Tensor], share: Tensor | float = 1.0) -> None:
     for block, limit in zip(blocks, limits, strict=True):
+        if block.is_cpu and len(block) == 1 and isinstance(share, float) and share == 1:
+            block.clamp_(-limit.item(), limit.item())
+            continue
         for band, (piece,) in pieces(block):
             bound = limit[band, None]
             # minimum and maximum broadcast fast, clamp with tensor bounds does not

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_r2 import RangeProjection
-from hf_r2.cells import CELL, cell_peaks, cell_size, crowded, excess, pick_cells
+from hf_r2.cells import CELL, cell_peaks, cell_size, crowded, excess, pick_cells, sample_cells
 from hf_r2.losses import RangeLoss
 from hf_r2.projection import prox_l_inf
 
@@ -105,6 +105,34 @@ def test_excess_of_a_block_larger_than_a_piece_counts_every_element():
     assert found[1].tolist() == (magnitudes > 0).sum(1).tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_excess_of_one_group_larger_than_a_piece_counts_every_element(dtype):
+    block = torch.randn(1, 200_001, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    above = (block.double().abs() - 0.5).relu()
+    sums, counts = excess(block, torch.tensor([0.5], dtype=dtype), None)
+    torch.testing.assert_close(sums, above.sum(1), rtol=1e-6, atol=0)
+    assert counts.tolist() == [(above > 0).sum()]
+
+
+def test_excess_of_what_is_not_a_number_is_none():
+    block = torch.ones(1, 100_000)
+    block[0, 70_000] = float("nan")
+    assert excess(block, torch.zeros(1), None)[0].isnan()
+
+
+def test_excess_of_an_empty_group_is_nothing():
+    assert excess(torch.empty(1, 0), torch.zeros(1), None).tolist() == [[0], [0]]
+
+
+@pytest.mark.parametrize("count", [1, 7, 100, 5000])
+def test_a_sample_has_cells_from_all_over(count):
+    cells = sample_cells(torch.arange(1000.0).repeat_interleave(128)[None], count).view(-1, 128)
+    assert min(count, 500) <= len(cells) <= max(2 * count, 1000)
+    assert (cells == cells[:, :1]).all()
+    gaps = cells[:, 0].diff()
+    assert cells[0, 0] == 0 and (gaps == gaps[:1]).all()
+
+
 @pytest.mark.parametrize(("share", "expected"), [(0.0, False), (0.001, False), (0.02, True), (0.5, True)])
 def test_crowded_tells_whether_most_cells_hold_an_element_above(share, expected):
     block = torch.rand(1, 400_000, generator=torch.Generator().manual_seed(0))
@@ -186,6 +214,33 @@ def test_prox_that_starts_at_the_last_limits_ends_where_a_fresh_one_does():
         fresh = prox_l_inf(model[0].weight, 8.0)
         projection.step(8.0)
         torch.testing.assert_close(model[0].weight.detach(), fresh, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("move", [1e-2, 1e-4, 1e-6])
+def test_prox_of_a_large_flattened_weight_that_starts_at_a_sample_shaves_off_t(move):
+    """Many elements tie at the limit, and what stands out may be small beside it."""
+    flat = seeded((800, 900)).double().clamp(-0.03, 0.03)
+    model = nn.Sequential(nn.Linear(900, 800, dtype=torch.float64))
+    model[0].weight = nn.Parameter(flat)
+    projection = RangeProjection(model, "prox")
+    for step in range(4):
+        with torch.no_grad():
+            moved = torch.rand((800, 900), generator=torch.Generator().manual_seed(step)) < 0.3
+            before = model[0].weight.add_(move * seeded((800, 900), seed=step).double() * moved).clone()
+        t = 0.8 * (before.abs() - 0.03).relu().sum().item()
+        projection.step(t)
+        shaved = (before.abs() - model[0].weight.detach().abs()).sum().item()
+        assert shaved == pytest.approx(t, rel=1e-5)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [0, -1])
+def test_prox_tells_of_a_broken_weight_wherever_it_is_broken(broken, place):
+    model = nn.Sequential(nn.Linear(1031, 401))
+    with torch.no_grad():
+        model[0].weight.view(-1)[place] = broken
+    with pytest.raises(ValueError, match=r"0\.weight: NaN or infinite"):
+        RangeProjection(model, "prox").step(0.01)
 
 
 def test_storages_stay_resizable():

@@ -26,9 +26,10 @@ class DKMOptions:
     Args:
         temperature: of the softmax over squared distances. Relative to the variance of each group of the weight, unless
             `absolute`: squared distances grow with the variance, so a fixed temperature would be nearly hard for a
-            weight of size 1 and merge all centroids of one of size 0.01. None takes `0.1 · k^(−2/d)` for k centroids of
-            d dimensions, whose squared distances shrink at that rate: only elements about halfway between two centroids
-            then feel both, and the soft weight is near the stored one.
+            weight of size 1 and merge all centroids of one of size 0.01. None takes
+            `min(0.06 · k^(−2/3d), 2.4 · k^(−2/d))` for k centroids of d dimensions: hard enough that the soft weight is
+            near the stored one, soft enough for tables (see `hf_r2.aware.soft_kmeans`) unless a weight has outliers.
+            The second term keeps many centroids apart, whose squared distances shrink at its rate.
         absolute: take the temperature as it is, in squared units of the weight (coremltools' default is 1e-4).
         iterations: of soft k-means in one training step, at most; all are differentiated through.
         tolerance: stop earlier once no centroid moves by more than this share of its group's spread.
@@ -63,6 +64,12 @@ class DKMOptions:
     def to_dict(self) -> dict[str, Any]:
         """Return what differs from the defaults."""
         return {key: value for key, value in asdict(self).items() if value != getattr(type(self), key)}
+
+
+def default_temperature(bits: int, cluster_dim: int) -> float:
+    """Return the relative temperature of [`DKMOptions`] for 2^bits centroids."""
+    k = 2 ** (bits / cluster_dim)
+    return min(0.06 * k ** (-2 / 3), 2.4 * k**-2)
 
 
 class DKM(nn.Module):
@@ -169,7 +176,7 @@ class DKM(nn.Module):
         """The temperature in force, see [`DKMOptions`]."""
         if self.options.temperature is not None:
             return self.options.temperature
-        return 0.1 * 2 ** (-2 * self.settings.bits / self.settings.cluster_dim)
+        return default_temperature(self.settings.bits, self.settings.cluster_dim)
 
     @torch.no_grad()
     def warnings(self, weight: Tensor) -> list[str]:

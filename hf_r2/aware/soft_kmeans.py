@@ -16,6 +16,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LEAST_TEMPERATURE = 1e-20
 """In squared units of a group's size, so that logits stay finite in float32."""
 
+_SAMPLE = 1024
+
 
 class SoftKMeans(NamedTuple):
     """What [`soft_kmeans`] returns.
@@ -23,10 +25,12 @@ class SoftKMeans(NamedTuple):
     Args:
         weights: soft weights, of the block's shape and dtype, differentiable in the block.
         centroids: after the last iteration, of the start's shape, float32 (float64 for a float64 block), detached.
+        masses: sums of attention in the last iteration, `(groups, k)`, in elements or vectors, float64, detached.
     """
 
     weights: Tensor
     centroids: Tensor
+    masses: Tensor
 
 
 def soft_kmeans(
@@ -63,7 +67,7 @@ def soft_kmeans(
         memory: bytes that temporaries of passes over all elements may take, about.
 
     Returns:
-        Soft weights and centroids.
+        Soft weights, centroids and masses.
 
     Raises:
         ValueError: for shapes, dtypes or numbers other than these.
@@ -78,10 +82,11 @@ def soft_kmeans(
     if table is not None:
         weights = TableSoftKMeans.apply(block, table, implicit)
         found = torch.cat([steps[0].new for _, _, steps in table.bands])
+        masses = torch.cat([steps[0].mass for _, _, steps in table.bands])
     else:
-        weights, found = ExactSoftKMeans.apply(block, start, scaled, implicit, memory)
+        weights, found, masses = ExactSoftKMeans.apply(block, start, scaled, implicit, memory)
     found = scaled.outward(found).to(torch.promote_types(block.dtype, torch.float32))
-    return SoftKMeans(weights, found.reshape(centroids.shape))
+    return SoftKMeans(weights, found.reshape(centroids.shape), masses.squeeze(2))
 
 
 def _check(
@@ -136,11 +141,17 @@ def _scaled(
 
 def _moments(block: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of every row, `(groups,)` in float64."""
-    shift = block[:, :1].double()
+    dtype = torch.promote_types(block.dtype, torch.float32)
+    # Around a typical value, in multiples of the largest, squares neither overflow nor lose digits
+    largest = torch.maximum(block.amax(dim=1), -block.amin(dim=1)).double()[:, None]
+    unit = torch.where(largest > 1e-30, largest, 1)
+    shift = (block[:, :_SAMPLE].to(dtype) / unit.to(dtype)).mean(dim=1, keepdim=True)
+    factor = (1 / unit).to(dtype)
     sums = torch.zeros(2, len(block), dtype=torch.float64, device=block.device)
     for groups, (piece,) in pieces(block):
-        values = piece.double() - shift[groups]
+        values = (piece * factor[groups]).sub_(shift[groups])
         sums[0, groups] += values.sum(dim=1)
         sums[1, groups] += values.square_().sum(dim=1)
     mean, square = sums / block.shape[1]
-    return mean + shift[:, 0], (square - mean.square()).clamp_min(0)
+    mean, variance = mean + shift[:, 0], (square - mean.square()).clamp_min(0)
+    return mean * unit[:, 0], variance * unit[:, 0] ** 2

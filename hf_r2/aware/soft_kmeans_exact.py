@@ -38,20 +38,20 @@ class ExactSoftKMeans(torch.autograd.Function):
     def forward(ctx: Any, block: Tensor, start: Tensor, scaled: Scaled, implicit: bool, memory: int) -> tuple:
         """Take a block `(groups, n)` and start centroids `(groups, k, d)` in scaled units, float64."""
         output = torch.empty(block.shape, dtype=block.dtype, device=block.device)
-        centroids = torch.empty_like(start)
+        centroids, masses = torch.empty_like(start), torch.empty_like(start[:, :, :1])
         ctx.scaled, ctx.implicit, ctx.memory, ctx.steps = scaled, implicit, memory, []
         for groups, band in _bands(block, start, scaled, memory):
             steps = iterate(start[groups], band.sums, band.scaled)
             band.write_output(steps[0], output[groups])
-            centroids[groups] = steps[0].new
+            centroids[groups], masses[groups] = steps[0].new, steps[0].mass
             ctx.steps.append(steps)
         ctx.save_for_backward(block, start)
-        ctx.mark_non_differentiable(centroids)
-        return output, centroids
+        ctx.mark_non_differentiable(centroids, masses)
+        return output, centroids, masses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
         """Return the gradient of the block."""
         block, start = ctx.saved_tensors
         result = torch.empty(block.shape, dtype=block.dtype, device=block.device)

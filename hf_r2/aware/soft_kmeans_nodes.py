@@ -79,7 +79,7 @@ class Nodes:
         return softmax_(Linear.logits(centroids, self.scaled.temperature, self.points.dtype).of(self.points))
 
     def _totals(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of values `(groups, k, n)` and of them times the points, weighted; float64."""
+        """Sum values `(groups, k, n)` and them times the points, weighted; float64."""
         return (values @ weights.mT).double(), (values @ (weights * self.points).mT).double()
 
 

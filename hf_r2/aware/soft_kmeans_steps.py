@@ -13,7 +13,7 @@ from torch import Tensor
 LEAST_MASS = 1e-12
 """A cluster that attracts less than this share of one element keeps its centroid."""
 
-FLOAT32_LOGITS = 300.0
+FLOAT32_LOGITS = 200.0
 """Up to such logits float32 attention leaves gradients four correct digits; beyond, it is computed in float64."""
 
 _LEAST_LOGIT = -60.0
@@ -142,8 +142,10 @@ class Linear(NamedTuple):
     @classmethod
     def logits(cls, centroids: Tensor, temperature: Tensor, dtype: torch.dtype) -> "Linear":
         """−‖x − c_k‖² / τ without the term x², which all clusters share."""
-        offsets = centroids.square().sum(dim=2, keepdim=True) / -temperature
-        return cls((centroids * (2 / temperature)).to(dtype), offsets.to(dtype))
+        slopes = (centroids * (2 / temperature)).to(dtype)
+        # Offsets of the centroids that the rounded slopes mean: then rounding errors largely cancel
+        centroids = slopes.double() * (temperature / 2)
+        return cls(slopes, (centroids.square().sum(dim=2, keepdim=True) / -temperature).to(dtype))
 
     @classmethod
     def pull(cls, step: Step, pull: Tensor, dtype: torch.dtype) -> "Linear":

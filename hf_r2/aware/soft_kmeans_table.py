@@ -7,6 +7,7 @@ elements of the interpolated function.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from hf_r2.aware.soft_kmeans_nodes import Nodes, output_at
 from hf_r2.aware.soft_kmeans_steps import Scaled, Step
-from hf_r2.grain import pieces
 
-LEAST_BINS, MOST_BINS = 1 << 11, 1 << 16
+LEAST_BINS, MOST_BINS = 1 << 12, 1 << 16
+"""The least are for values that stand for all others of their bin; rows that are short make do with fewer."""
 
 _BIN = 0.03
 """By how much a logit may change within a bin: linear continuation then leaves gradients four correct digits."""
@@ -29,6 +30,9 @@ _ELEMENTS_PER_BIN = 4
 
 _ENTRIES = 1 << 19
 """Entries of the tables, groups × clusters × bins, that are worked on at a time."""
+
+_PIECE = 1 << 17
+"""Elements that a pass over the block works on at a time."""
 
 
 class Bins(NamedTuple):
@@ -125,29 +129,32 @@ class TableSoftKMeans(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, block: Tensor, table: Table, implicit: bool) -> Tensor:
         """Look up f, continued linearly by f′."""
-        # The index is saved by itself, so that autograd can free it
-        ctx.table, ctx.implicit = table._replace(index=None), implicit
-        ctx.save_for_backward(block, table.index)
         output = torch.empty(block.shape, dtype=block.dtype)
-        f, slopes = _tabulated(table)
+        f, slopes = _output_table(table)
         pairs = _packed(f - slopes * table.bins.middles()[:, 0], slopes)
-        for groups, (piece, index, target) in pieces(block, table.index, output):
+        for groups, (piece, index, target) in _pieces(block, table.index, output):
             found = _look_up(pairs[groups], index)
-            target.copy_(torch.addcmul(found[..., 0], found[..., 1], piece))
+            _write(target, torch.addcmul, found[..., 0], found[..., 1], piece)
+        # The index and f′ are saved as tensors, so that autograd can free them
+        ctx.table, ctx.implicit = table._replace(index=None), implicit
+        ctx.save_for_backward(block, table.index, slopes.float())
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         """Look up f′ and q, both continued linearly."""
-        block, index = ctx.saved_tensors
-        table = ctx.table._replace(index=index)
-        quads = _gradient_table(table, grad, ctx.implicit)
-        result = torch.empty(block.shape, dtype=block.dtype)
-        for groups, (piece, where, part, target) in pieces(block, index, grad, result):
+        block, index, slopes = ctx.saved_tensors
+        q = _gradient_table(ctx.table._replace(index=index), grad, ctx.implicit)
+        middles, columns = ctx.table.bins.middles()[:, 0], []
+        for values in (slopes.double(), q):
+            change = _changes(values) * ctx.table.bins.per_unit
+            columns += [values - change * middles, change]
+        quads, result = _packed(*columns), torch.empty(block.shape, dtype=block.dtype)
+        for groups, (piece, where, part, target) in _pieces(block, index, grad, result):
             found = _look_up(quads[groups], where)
-            own = torch.addcmul(found[..., 0], found[..., 1], piece)
-            target.copy_(torch.addcmul(found[..., 2], found[..., 3], piece).addcmul_(own, part))
+            own = torch.addcmul(found[..., 0], found[..., 1], piece).mul_(part)
+            _write(target, torch.add, torch.addcmul(found[..., 2], found[..., 3], piece), own)
         return result, None, None
 
 
@@ -169,7 +176,9 @@ def tabulate(block: Tensor, start: Tensor, scaled: Scaled) -> Table | None:
         return None
     steps = [Step(start, start, start, None)]
     wanted = _bins_for(steps, reach, scaled)
-    while wanted <= min(MOST_BINS, block.shape[1] // _ELEMENTS_PER_BIN):
+    enough = block.shape[1] // _ELEMENTS_PER_BIN
+    least = min(LEAST_BINS, enough // _BINS_PER_NODE * _BINS_PER_NODE)
+    while 0 < (wanted := max(wanted, least)) <= min(MOST_BINS, enough):
         table = _run(block, start, scaled, Bins.of(low, high, wanted))
         count, wanted = (
             wanted,
@@ -181,7 +190,7 @@ def tabulate(block: Tensor, start: Tensor, scaled: Scaled) -> Table | None:
 
 
 def _bins_for(steps: list[Step], reach: Tensor, scaled: Scaled) -> int:
-    """Count the bins, a power of 2, that resolve the attention of all steps over the reach of the elements."""
+    """Count the bins that resolve the attention of all steps over the reach of the elements."""
     centroids = torch.stack([step.old[..., 0] for step in steps]).sort(dim=2).values
     temperature = scaled.temperature[:, 0]
     gap = centroids.diff(dim=2, prepend=centroids[..., :1]).amax(dim=(0, 2))[:, None]
@@ -189,7 +198,7 @@ def _bins_for(steps: list[Step], reach: Tensor, scaled: Scaled) -> int:
     # A logit changes fastest between neighbours far apart, or across as many as share one temperature
     slope = torch.maximum(2 * gap / temperature, torch.minimum(2 * span / temperature, 2 / temperature.sqrt()))
     bins = float((reach / scaled.scale[:, 0] * slope).max()) / _BIN
-    return max(LEAST_BINS, 1 << max(0, math.ceil(math.log2(max(bins, 1)))))
+    return _BINS_PER_NODE * math.ceil(bins / _BINS_PER_NODE)
 
 
 def _run(block: Tensor, start: Tensor, scaled: Scaled, bins: Bins) -> Table:
@@ -212,17 +221,17 @@ def _bands(groups: int, entries: int) -> list[slice]:
 def _assign(block: Tensor, bins: Bins) -> tuple[Tensor, Tensor, Tensor]:
     """Index of each element's bin, numbers of elements in the bins, and offsets of their means; see [`Table`]."""
     index = torch.empty(block.shape, dtype=torch.int32)
-    counts = torch.zeros(len(block), bins.count, dtype=torch.float64)
-    sums = torch.zeros_like(counts)
-    for groups, (piece, target) in pieces(block, index):
+    counts = torch.zeros(len(block), bins.count, dtype=torch.int64)
+    sums = torch.zeros(counts.shape)
+    for groups, (piece, target) in _pieces(block, index):
         place = (piece - bins.low[groups]).mul_(bins.per_unit[groups])
         target.copy_(place)
-        place.sub_(target)
+        place.frac_()
         if len(target) > 1:
             target += torch.arange(len(target), dtype=torch.int32)[:, None] * bins.count
         counts[groups] += _histogram(target, None, bins.count)
         sums[groups] += _histogram(target, place, bins.count)
-    return index, counts, torch.where(counts > 0, sums / counts - 0.5, 0).float()
+    return index, counts.double(), torch.where(counts > 0, sums / counts - 0.5, 0)
 
 
 def _histogram(index: Tensor, weights: Tensor | None, bins: int) -> Tensor:
@@ -231,7 +240,7 @@ def _histogram(index: Tensor, weights: Tensor | None, bins: int) -> Tensor:
     return torch.bincount(index.reshape(-1), weights, minlength=len(index) * bins).view(len(index), bins)
 
 
-def _tabulated(table: Table) -> tuple[Tensor, Tensor]:
+def _output_table(table: Table) -> tuple[Tensor, Tensor]:
     """Return f, in units of the block, and f′ in the middles of all bins, `(groups, bins)` in float64."""
     f, slopes = torch.empty(2, *table.offsets.shape, dtype=torch.float64)
     for groups, nodes, steps in table.bands:
@@ -246,24 +255,37 @@ def _tabulated(table: Table) -> tuple[Tensor, Tensor]:
 
 
 def _gradient_table(table: Table, grad: Tensor, implicit: bool) -> Tensor:
-    """Return constant and slope of f′ and of q, `(groups, bins, 4)` in float32."""
-    sums = torch.zeros(table.offsets.shape, dtype=torch.float64)
-    for groups, (part, index) in pieces(grad, table.index):
+    """Return q in the middles of all bins, `(groups, bins)` in float64."""
+    sums = torch.zeros(table.offsets.shape)
+    for groups, (part, index) in _pieces(grad, table.index):
         sums[groups] += _histogram(index, part.float(), table.bins.count)
-    q = torch.empty_like(sums)
+    q = torch.empty(sums.shape, dtype=torch.float64)
     for groups, nodes, steps in table.bands:
-        grads = Spread(table.offsets[groups]).to_nodes(sums[groups])
+        grads = Spread(table.offsets[groups]).to_nodes(sums[groups].double())
         q[groups] = to_middles(nodes.gradient(steps, grads[:, None], implicit)[:, 0].double())
-    middles = table.bins.middles()[:, 0]
-    columns = []
-    for values in (_tabulated(table)[1], q):
-        slope = _slopes(values) * table.bins.per_unit
-        columns += [values - slope * middles, slope]
-    return _packed(*columns)
+    return q
 
 
-def _slopes(values: Tensor) -> Tensor:
-    """Changes per bin, `(groups, bins)`, from both neighbours."""
+def _pieces(*parts: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """Walk over blocks of one shape together, like [`hf_r2.grain.pieces`], but in pieces for look-ups."""
+    groups, n = parts[0].shape
+    rows = max(1, _PIECE // n)
+    for first in range(0, groups, rows):
+        band = slice(first, first + rows)
+        for column in range(0, n, _PIECE):
+            yield band, tuple(part[band, column : column + _PIECE] for part in parts)
+
+
+def _write(target: Tensor, operation: Callable[..., Tensor], *operands: Tensor) -> None:
+    """Write a float32 result straight to its place, or round it."""
+    if target.dtype == torch.float32:
+        operation(*operands, out=target)
+    else:
+        target.copy_(operation(*operands))
+
+
+def _changes(values: Tensor) -> Tensor:
+    """Return changes per bin, `(groups, bins)`, from both neighbours."""
     change = values.diff(dim=1)
     return (torch.cat([change[:, :1], change], dim=1) + torch.cat([change, change[:, -1:]], dim=1)) / 2
 

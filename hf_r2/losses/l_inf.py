@@ -48,32 +48,41 @@ def find_largest(weight: LocalWeight) -> Routine[tuple[list[Tensor], AddSigns]]:
         group.
     """
     peaks = [cell_peaks(block) for block in weight.blocks()]
+    yield
     tops = yield from weight.maximum([peak.amax(dim=1) for peak in peaks])
     found, counts = [], []
     for block, peak, top in zip(weight.blocks(), peaks, tops, strict=True):
         found.append(_look(block, peak, top))
-        counts.append(found[-1].counts if found[-1] else _is_largest(block, top).sum(dim=1, dtype=top.dtype))
+        counts.append(found[-1].counts(top) if found[-1] else _is_largest(block, top).sum(dim=1, dtype=top.dtype))
     counts = yield from weight.total(counts)
 
     def add_signs(grads: Sequence[Tensor], scales: Sequence[Tensor | float]) -> None:
         for index, (grad, largest, count, scale) in enumerate(zip(grads, found, counts, scales, strict=True)):
-            share = scale / count.clamp_min(1)
             if largest:
-                grad.view(-1).index_add_(0, largest.positions, largest.signs * share[largest.groups])
+                largest.add_signs(grad, count, scale)
             else:
-                block = weight.blocks()[index]
+                block, share = weight.blocks()[index], scale / count.clamp_min(1)
                 grad.addcmul_(block.sign(), _is_largest(block, tops[index]) * share[:, None])
 
     return tops, add_signs
 
 
 class _Largest(NamedTuple):
-    """Where a block has its groups' largest magnitudes: flat positions, their signs and groups; how many per group."""
+    """Where a block has its groups' largest magnitudes: flat positions, their signs and groups."""
 
-    positions: Tensor
-    signs: Tensor
-    groups: Tensor
-    counts: Tensor
+    positions: np.ndarray
+    signs: np.ndarray
+    groups: np.ndarray
+
+    def counts(self, top: Tensor) -> Tensor:
+        """Count them by group."""
+        return torch.from_numpy(np.bincount(self.groups, minlength=len(top)).astype(self.signs.dtype))
+
+    def add_signs(self, grad: Tensor, count: Tensor, scale: Tensor | float) -> None:
+        """Add scale × sign, shared between as many as there are in the group everywhere, to a block."""
+        share = (scale.numpy() if isinstance(scale, Tensor) else scale) / np.maximum(count.numpy(), 1)
+        values = (self.signs * share[self.groups]).astype(self.signs.dtype, copy=False)
+        grad.view(-1).index_add_(0, torch.from_numpy(self.positions), torch.from_numpy(values))
 
 
 def _look(block: Tensor, peaks: Tensor, top: Tensor) -> _Largest | None:
@@ -83,10 +92,8 @@ def _look(block: Tensor, peaks: Tensor, top: Tensor) -> _Largest | None:
         return None
     cells = picked.of(block)
     cell, column = (np.abs(cells) == top.numpy()[picked.groups, None]).nonzero()
-    groups = picked.groups[cell]
-    counts = np.bincount(groups, minlength=top.shape[0]).astype(cells.dtype)
-    arrays = picked.index[cell] * picked.size + column, np.sign(cells[cell, column]), groups, counts
-    return _Largest(*map(torch.from_numpy, arrays))
+    positions = picked.index[cell] * picked.size + column
+    return _Largest(positions, np.sign(cells[cell, column]), picked.groups[cell])
 
 
 def _is_largest(block: Tensor, top: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_r2.cells import cell_peaks, crowded, excess, pick_cells
+from hf_r2.cells import cached_pieces, cell_peaks, crowded, excess, pick_cells
 from hf_r2.grain import Grain, pieces
 from hf_r2.losses.l_inf import find_largest
 from hf_r2.losses.term import Measure, Measured, range_term
@@ -63,18 +63,24 @@ def _furthest(weight: LocalWeight, levels: list[Tensor]) -> Routine[tuple]:
 
 def _all(weight: LocalWeight, levels: list[Tensor]) -> Routine[tuple]:
     """Take every element outside; only the cells that hold one are looked at again, unless they are many."""
+    peaks = [None if crowded(*pair) else cell_peaks(pair[0]) for pair in zip(weight.blocks(), levels, strict=True)]
+    yield
     picked, outside = [], []
-    for block, level in zip(weight.blocks(), levels, strict=True):
-        picked.append(None if crowded(block, level) else pick_cells(block, cell_peaks(block), level, above=True))
+    for block, level, peak in zip(weight.blocks(), levels, peaks, strict=True):
+        picked.append(None if peak is None else pick_cells(block, peak, level, above=True))
         outside.append(excess(block, level, picked[-1]).T)
     outside = yield from weight.total(outside)
     sums, counts = zip(*(part.to(weight.blocks()[0].dtype).unbind(dim=1) for part in outside), strict=True)
 
     def add_gradient(grads: list[Tensor], scale: Tensor | float) -> None:
         for grad, block, level, pick in zip(grads, weight.blocks(), levels, picked, strict=True):
+            if pick is not None and pick.index.size == 0:
+                continue
             if pick is not None:
                 signs = _signs_outside(torch.from_numpy(pick.of(block)), level[torch.from_numpy(pick.groups)])
                 grad.view(-1, pick.size).index_add_(0, torch.from_numpy(pick.index), signs * scale)
+            elif block.is_cpu and len(block) == 1:
+                _add_signs_of_one(grad.view(-1), block.view(-1), level.item(), float(scale))
             else:
                 for band, (piece, target) in pieces(block, grad):
                     target.add_(_signs_outside(piece, level[band]).mul_(scale))
@@ -83,7 +89,12 @@ def _all(weight: LocalWeight, levels: list[Tensor]) -> Routine[tuple]:
 
 
 def _signs_outside(values: Tensor, level: Tensor) -> Tensor:
-    if values.is_cpu and len(level) == 1:
-        return torch.nn.functional.hardshrink(values, level.item()).sign_()
     level = level[:, None]
     return (values - torch.minimum(torch.maximum(values, -level), level)).sign_()
+
+
+def _add_signs_of_one(grad: Tensor, group: Tensor, level: float, scale: float) -> None:
+    buffer, split = cached_pieces(group)
+    for piece, target in zip(split, grad.split(len(buffer)), strict=True):
+        inside = torch.clamp(piece, -level, level, out=buffer[: len(piece)])
+        target.add_(torch.sub(piece, inside, out=inside).sign_(), alpha=scale)

@@ -66,9 +66,9 @@ def test_the_start_is_the_optimal_palette(weight):
 
 def test_an_output_last_weight_is_compressed_with_its_outputs_first(weight):
     usual, transposed = make(weight, grain="channel"), make(weight.T.contiguous(), grain="channel", transpose=True)
-    for training in (True, False):
-        expected = usual.train(training)(weight)
-        assert torch.equal(transposed.train(training)(weight.T.contiguous()), expected.T)
+    torch.testing.assert_close(transposed(weight.T.contiguous()), usual(weight).T)
+    transposed.load(usual.centroids)
+    assert torch.equal(transposed.eval()(weight.T.contiguous()), usual.eval()(weight).T)
 
 
 def test_before_the_start_the_weight_passes_through(weight):
@@ -142,9 +142,12 @@ def test_copies_are_independent(weight):
     assert not torch.equal(step.centroids, other.centroids)
 
 
-@pytest.mark.parametrize(("bits", "cluster_dim", "expected"), [(1, 1, 0.025), (2, 1, 0.00625), (4, 1, 0.1 / 256), (4, 4, 0.025)])
+@pytest.mark.parametrize(
+    ("bits", "cluster_dim", "expected"),
+    [(1, 1, 0.0378), (2, 1, 0.0238), (4, 1, 0.00938), (8, 1, 2.4 / 65536), (4, 4, 0.0378)],
+)
 def test_the_default_temperature_shrinks_with_the_distances_of_the_centroids(weight, bits, cluster_dim, expected):
-    assert make(weight, bits, cluster_dim=cluster_dim).temperature == pytest.approx(expected)
+    assert make(weight, bits, cluster_dim=cluster_dim).temperature == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
