@@ -23,6 +23,8 @@ VALUES = {
     "r2_exclude": ["*.query.weight"],
     "r2_min_numel": 100,
     "r2_tail_fraction": 0.5,
+    "r2_aware": "dkm",
+    "r2_aware_start_ratio": 0.5,
     "r2_temperature": 3.5,
     "r2_margin_reduction": "sum",
     "r2_learning_rate": 0.002,
