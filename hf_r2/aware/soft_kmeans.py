@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_r2.aware.soft_kmeans_exact import ExactSoftKMeans
+from hf_r2.aware.soft_kmeans_half import DistinctSoftKMeans, distinguish
 from hf_r2.aware.soft_kmeans_implicit import MOST_CLUSTERS
 from hf_r2.aware.soft_kmeans_steps import Scaled
 from hf_r2.aware.soft_kmeans_table import TableSoftKMeans, tabulate
@@ -78,11 +79,13 @@ def soft_kmeans(
     start = scaled.inward(start)
     # A device's host cannot look at the elements to choose bins
     tables = block.is_cpu and block.dtype != torch.float64 and centroids.dim() == 2
-    table = tabulate(block.detach(), start, scaled) if tables else None
-    if table is not None:
+    distinct = distinguish(block.detach(), start, scaled) if tables else None
+    table = tabulate(block.detach(), start, scaled) if tables and distinct is None else None
+    if distinct is not None:
+        weights, (found, masses) = DistinctSoftKMeans.apply(block, distinct, implicit), distinct.steps[0][1:3]
+    elif table is not None:
         weights = TableSoftKMeans.apply(block, table, implicit)
-        found = torch.cat([steps[0].new for _, _, steps in table.bands])
-        masses = torch.cat([steps[0].mass for _, _, steps in table.bands])
+        found, masses = (torch.cat([steps[0][at] for _, _, steps in table.bands]) for at in (1, 2))
     else:
         weights, found, masses = ExactSoftKMeans.apply(block, start, scaled, implicit, memory)
     found = scaled.outward(found).to(torch.promote_types(block.dtype, torch.float32))

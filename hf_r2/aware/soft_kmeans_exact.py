@@ -22,6 +22,7 @@ from hf_r2.aware.soft_kmeans_steps import (
     to_centroids,
     to_points,
     unroll,
+    weighted_sum,
 )
 
 _CPU_ENTRIES, _DEVICE_ENTRIES = 1 << 17, 1 << 26
@@ -111,7 +112,7 @@ class _Band:
         mass, first = centroids.new_zeros(*centroids.shape[:2], 1), torch.zeros_like(centroids)
         for _, points, attended in self.attended(centroids):
             mass += attended.sum(dim=2, keepdim=True)
-            first += attended @ points.mT
+            first += weighted_sum(attended, points)
         return mass, first
 
     def write_output(self, step: Step, output: Tensor) -> None:
@@ -137,7 +138,7 @@ class _Band:
         """Return the gradient of the last centroids as values of the output."""
         slope = torch.zeros_like(step.new)
         for columns, _, attended in self.attended(step.old):
-            slope += attended @ self._vectors(grad, columns, completed=False)
+            slope += weighted_sum(attended, self._vectors(grad, columns, completed=False).mT)
         return slope
 
     def back(self, step: Step, pull: Tensor, grad: Tensor | None, target: Tensor) -> Tensor:
@@ -162,7 +163,7 @@ class _Band:
                 logits.baddbmm_(values, self._vectors(grad, columns, completed=False).mT)
             through_softmax_(logits, attended)
             total += logits.sum(dim=2, keepdim=True)
-            first += logits @ points.mT
+            first += weighted_sum(logits, points)
             target[:, columns] += _elements(torch.baddbmm(slopes @ attended, inward, logits), columns)
         return to_centroids(total, first, step, temperature)
 
@@ -173,7 +174,7 @@ class _Band:
         for columns, points, attended in self.attended(step.old):
             logits = through_softmax_(values * self._vectors(grad, columns, completed=False).mT, attended)
             total += logits.sum(dim=2, keepdim=True)
-            first += logits @ points.mT
+            first += weighted_sum(logits, points)
             jacobian += mean_jacobian(points, attended, None, step)
         slope = self.slope(step, grad) + to_centroids(total, first, step, self.scaled.temperature)
         return Linearized(slope, jacobian * (2 / self.scaled.temperature))

@@ -4,6 +4,8 @@ For scalars the soft weight is a function f of the weight, the same for all weig
 `G f′(x) + q(x)`, where q collects what came through the centroids. Centroids and q need only sums over points.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,9 @@ from hf_r2.aware.soft_kmeans_steps import (
     to_points,
     unroll,
 )
+
+_ENTRIES = 1 << 18
+"""Entries of the attention, groups × clusters × points, that are worked on at a time."""
 
 
 class Nodes:
@@ -36,7 +41,7 @@ class Nodes:
 
     def iterate(self, start: Tensor) -> list[Step]:
         """Run the iterations from centroids `(groups, k, 1)`."""
-        return iterate(start, lambda centroids: self._totals(self._attention(centroids), self.weights), self.scaled)
+        return iterate(start, self._sums, self.scaled)
 
     def gradient(self, steps: list[Step], grads: Tensor, implicit: bool) -> Tensor:
         """Return q at the points, `(groups, 1, n)`.
@@ -50,42 +55,80 @@ class Nodes:
         q = torch.zeros_like(self.points)
 
         def back(step: Step, pull: Tensor, last: bool) -> Tensor:
-            attended = self._attention(step.old)
-            slope = self._back(step, pull, attended, q)
-            return slope + self._through_output(step, attended, grads) if last else slope
+            return self._back(step, pull, grads if last else None, q)
 
-        attended = self._attention(steps[0].old)
-        slope = (attended @ grads.mT).double()
+        slope = torch.zeros_like(steps[0].new)
+        for columns, _, attended in self._attended(steps[0].old):
+            slope += attended @ grads[..., columns].mT
         if implicit:
-            slope = slope + self._through_output(steps[0], attended, grads)
-            jacobian = mean_jacobian(self.points, attended, self.weights, steps[0]) * (2 / self.scaled.temperature)
-            self._back(steps[0], implicit_pull(steps[0], Linearized(slope, jacobian)), attended, q)
+            self._back(steps[0], implicit_pull(steps[0], self._linearize(steps[0], slope, grads)), None, q)
         else:
             unroll(steps, slope, back)
         return q
 
-    def _back(self, step: Step, pull: Tensor, attended: Tensor, q: Tensor) -> Tensor:
-        """Go back through the means of one step: add to q, return the gradient of the old centroids."""
-        logits = through_softmax_(Linear.pull(step, pull, q.dtype).of(self.points), attended)
-        q += torch.baddbmm(pull.to(q.dtype).mT @ attended, to_points(step, self.scaled.temperature, q.dtype), logits)
-        return to_centroids(*self._totals(logits, self.weights), step, self.scaled.temperature)
+    def _back(self, step: Step, pull: Tensor, grads: Tensor | None, q: Tensor) -> Tensor:
+        """Go back through one step, and the output if its gradient is given: add to q, return that of the centroids."""
+        temperature, dtype = self.scaled.temperature, q.dtype
+        through_mean, inward, outward = (
+            Linear.pull(step, pull, dtype),
+            to_points(step, temperature, dtype),
+            pull.to(dtype),
+        )
+        total, first = torch.zeros_like(step.mass), torch.zeros_like(step.old)
+        for columns, points, attended in self._attended(step.old):
+            logits = through_softmax_(through_mean.of(points), attended)
+            q[..., columns] += torch.baddbmm(outward.mT @ attended, inward, logits)
+            _add(total, first, logits, points, self.weights[..., columns])
+            if grads is not None:
+                _add(total, first, _through_output(step, attended), points, grads[..., columns])
+        return to_centroids(total, first, step, temperature)
 
-    def _through_output(self, step: Step, attended: Tensor, grads: Tensor) -> Tensor:
-        """Gradient of the old centroids through the attention of the output."""
-        logits = through_softmax_(step.new.to(grads.dtype).expand_as(attended).clone(), attended)
-        return to_centroids(*self._totals(logits, grads), step, self.scaled.temperature)
+    def _linearize(self, step: Step, slope: Tensor, grads: Tensor) -> Linearized:
+        """Take derivatives at the last step, as if it had moved nothing."""
+        total, first = torch.zeros_like(step.mass), torch.zeros_like(step.old)
+        jacobian = step.new.new_zeros(*step.new.shape[:2], step.new.shape[1])
+        for columns, points, attended in self._attended(step.old):
+            _add(total, first, _through_output(step, attended), points, grads[..., columns])
+            jacobian += mean_jacobian(points, attended, self.weights[..., columns], step)
+        slope = slope + to_centroids(total, first, step, self.scaled.temperature)
+        return Linearized(slope, jacobian * (2 / self.scaled.temperature))
 
-    def _attention(self, centroids: Tensor) -> Tensor:
-        return softmax_(Linear.logits(centroids, self.scaled.temperature, self.points.dtype).of(self.points))
+    def _sums(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
+        """Masses and attention-weighted sums."""
+        mass, first = torch.zeros_like(centroids), torch.zeros_like(centroids)
+        for columns, points, attended in self._attended(centroids):
+            _add(mass, first, attended, points, self.weights[..., columns])
+        return mass, first
 
-    def _totals(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum values `(groups, k, n)` and them times the points, weighted; float64."""
-        return (values @ weights.mT).double(), (values @ (weights * self.points).mT).double()
+    def _attended(self, centroids: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield slices of the points with their attention `(groups, k, n)`."""
+        logits = Linear.logits(centroids, self.scaled.temperature, self.points.dtype)
+        size = max(1, _ENTRIES // centroids.numel())
+        for start in range(0, self.points.shape[2], size):
+            columns = slice(start, start + size)
+            points = self.points[..., columns]
+            yield columns, points, softmax_(logits.of(points))
+
+
+def _add(total: Tensor, first: Tensor, values: Tensor, points: Tensor, weights: Tensor) -> None:
+    """Add weighted sums of values `(groups, k, n)`, and of them times the points."""
+    total += values @ weights.mT
+    first += values @ (weights * points).mT
+
+
+def _through_output(step: Step, attended: Tensor) -> Tensor:
+    """Return the derivative of the output in the logits."""
+    return through_softmax_(step.new.to(attended.dtype).expand_as(attended).clone(), attended)
 
 
 def output_at(points: Tensor, step: Step, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """Return f and f′ at points `(groups, 1, n)`, of the same shape."""
     values = step.new.to(points.dtype)
-    attended = softmax_(Linear.logits(step.old, temperature, points.dtype).of(points))
-    logits = through_softmax_(values.expand_as(attended).clone(), attended)
-    return values.mT @ attended, to_points(step, temperature, points.dtype) @ logits
+    logits, inward = Linear.logits(step.old, temperature, points.dtype), to_points(step, temperature, points.dtype)
+    f, slopes = torch.empty_like(points), torch.empty_like(points)
+    size = max(1, _ENTRIES // step.new.numel())
+    for part, value, slope in zip(*(each.split(size, dim=2) for each in (points, f, slopes)), strict=True):
+        attended = softmax_(logits.of(part))
+        value.copy_(values.mT @ attended)
+        slope.copy_(inward @ _through_output(step, attended))
+    return f, slopes

@@ -187,3 +187,11 @@ def to_centroids(total: Tensor, first: Tensor, step: Step, temperature: Tensor) 
         temperature: `(groups, 1, 1)`.
     """
     return (first - step.old * total) * (2 / temperature)
+
+
+def weighted_sum(values: Tensor, points: Tensor) -> Tensor:
+    """Sum values `(groups, k, n)` times points `(groups, d, n)` over n: `(groups, k, d)`.
+
+    For scalars pairwise: a matrix product adds one after another, which in float32 costs two digits.
+    """
+    return (values * points).sum(dim=2, keepdim=True) if points.shape[1] == 1 else values @ points.mT

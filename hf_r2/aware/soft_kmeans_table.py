@@ -20,13 +20,16 @@ from hf_r2.aware.soft_kmeans_steps import Scaled, Step
 LEAST_BINS, MOST_BINS = 1 << 12, 1 << 16
 """The least are for values that stand for all others of their bin; rows that are short make do with fewer."""
 
-_BIN = 0.03
+_BIN = 0.025
 """By how much a logit may change within a bin: linear continuation then leaves gradients four correct digits."""
 
 _BINS_PER_NODE = 4
 
 _ELEMENTS_PER_BIN = 4
 """With fewer, passes over all elements cost no more than the tables."""
+
+_MANY = 1 << 18
+"""Of this many elements, where in its bin each lies averages out in sums of the output's gradient."""
 
 _ENTRIES = 1 << 19
 """Entries of the tables, groups × clusters × bins, that are worked on at a time."""
@@ -53,6 +56,10 @@ class Bins(NamedTuple):
         """Make the first and the last bin's middle the smallest and the largest element."""
         per_unit = ((count - 1) / (high.double() - low.double())).float()
         return cls((low.double() - 0.5 / per_unit.double()).float(), per_unit, count)
+
+    def place(self, piece: Tensor, groups: slice) -> Tensor:
+        """Return how many bins lie below each element of some groups."""
+        return (piece - self.low[groups]).mul_(self.per_unit[groups])
 
     def of_groups(self, groups: slice) -> "Bins":
         """Return those of some groups."""
@@ -100,14 +107,23 @@ class Spread:
         places = (torch.arange(offsets.shape[1]) + offsets.double()) / _BINS_PER_NODE + 2
         first = places.floor()
         self._first = first.long() - 1
-        self._shares = _cubic(places - first)
+        self._within = places - first
         self.nodes = offsets.shape[1] // _BINS_PER_NODE + 4
 
-    def to_nodes(self, values: Tensor) -> Tensor:
-        """Distribute values of the bins `(groups, bins)` to the nodes `(groups, nodes)`."""
+    def to_nodes(self, values: Tensor, moments: Tensor | None = None) -> Tensor:
+        """Distribute values of the bins `(groups, bins)` to the nodes `(groups, nodes)`.
+
+        Args:
+            values: sums over the elements of the bins.
+            moments: sums of what was summed times the distances from the bins' means, in bins; None if they vanish.
+        """
         result = values.new_zeros(len(values), self.nodes)
-        for number, share in enumerate(self._shares):
-            result.scatter_add_(1, self._first + number, values * share)
+        slopes = _cubic_slopes(self._within)
+        for number, share in enumerate(_cubic(self._within)):
+            part = values * share
+            if moments is not None:
+                part.addcmul_(moments, slopes[number], value=1 / _BINS_PER_NODE)
+            result.scatter_add_(1, self._first + number, part)
         return result
 
 
@@ -115,6 +131,17 @@ def _cubic(t: Tensor) -> list[Tensor]:
     """Shares of the four nodes at −1, 0, 1 and 2 in a value at t of [0, 1]."""
     before, after, second = t + 1, t - 1, t - 2
     return [t * after * second / -6, before * after * second / 2, before * t * second / -2, before * t * after / 6]
+
+
+def _cubic_slopes(t: Tensor) -> list[Tensor]:
+    """Return the derivatives of these shares in t."""
+    square = t * t
+    return [
+        (3 * square - 6 * t + 2) / -6,
+        (3 * square - 4 * t - 1) / 2,
+        (3 * square - 2 * t - 2) / -2,
+        (3 * square - 1) / 6,
+    ]
 
 
 def to_middles(values: Tensor) -> Tensor:
@@ -133,7 +160,7 @@ class TableSoftKMeans(torch.autograd.Function):
         f, slopes = _output_table(table)
         pairs = _packed(f - slopes * table.bins.middles()[:, 0], slopes)
         for groups, (piece, index, target) in _pieces(block, table.index, output):
-            found = _look_up(pairs[groups], index)
+            found = look_up(pairs[groups], index)
             _write(target, torch.addcmul, found[..., 0], found[..., 1], piece)
         # The index and f′ are saved as tensors, so that autograd can free them
         ctx.table, ctx.implicit = table._replace(index=None), implicit
@@ -145,14 +172,14 @@ class TableSoftKMeans(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         """Look up f′ and q, both continued linearly."""
         block, index, slopes = ctx.saved_tensors
-        q = _gradient_table(ctx.table._replace(index=index), grad, ctx.implicit)
+        q = _gradient_table(ctx.table._replace(index=index), block, grad, ctx.implicit)
         middles, columns = ctx.table.bins.middles()[:, 0], []
         for values in (slopes.double(), q):
             change = _changes(values) * ctx.table.bins.per_unit
             columns += [values - change * middles, change]
         quads, result = _packed(*columns), torch.empty(block.shape, dtype=block.dtype)
         for groups, (piece, where, part, target) in _pieces(block, index, grad, result):
-            found = _look_up(quads[groups], where)
+            found = look_up(quads[groups], where)
             own = torch.addcmul(found[..., 0], found[..., 1], piece).mul_(part)
             _write(target, torch.add, torch.addcmul(found[..., 2], found[..., 3], piece), own)
         return result, None, None
@@ -224,7 +251,7 @@ def _assign(block: Tensor, bins: Bins) -> tuple[Tensor, Tensor, Tensor]:
     counts = torch.zeros(len(block), bins.count, dtype=torch.int64)
     sums = torch.zeros(counts.shape)
     for groups, (piece, target) in _pieces(block, index):
-        place = (piece - bins.low[groups]).mul_(bins.per_unit[groups])
+        place = bins.place(piece, groups)
         target.copy_(place)
         place.frac_()
         if len(target) > 1:
@@ -246,22 +273,27 @@ def _output_table(table: Table) -> tuple[Tensor, Tensor]:
     for groups, nodes, steps in table.bands:
         scaled = nodes.scaled
         points = scaled.inward(table.bins.of_groups(groups).middles()).to(nodes.points.dtype)
-        size = max(1, _ENTRIES // steps[0].new.numel())
-        for columns in (slice(first, first + size) for first in range(0, table.bins.count, size)):
-            values, slope = output_at(points[..., columns], steps[0], scaled.temperature)
-            f[groups, columns] = scaled.outward(values.double())[:, 0]
-            slopes[groups, columns] = slope[:, 0].double()
+        values, slope = output_at(points, steps[0], scaled.temperature)
+        f[groups], slopes[groups] = scaled.outward(values.double())[:, 0], slope[:, 0].double()
     return f, slopes
 
 
-def _gradient_table(table: Table, grad: Tensor, implicit: bool) -> Tensor:
+def _gradient_table(table: Table, block: Tensor, grad: Tensor, implicit: bool) -> Tensor:
     """Return q in the middles of all bins, `(groups, bins)` in float64."""
+    bins, few = table.bins, block.shape[1] < _MANY
     sums = torch.zeros(table.offsets.shape)
-    for groups, (part, index) in _pieces(grad, table.index):
-        sums[groups] += _histogram(index, part.float(), table.bins.count)
+    moments = torch.zeros(table.offsets.shape) if few else None
+    for groups, (piece, part, index) in _pieces(block, grad, table.index):
+        part = part.float()
+        sums[groups] += _histogram(index, part, bins.count)
+        if few:
+            distance = bins.place(piece, groups).frac_().sub_(0.5).mul_(part)
+            moments[groups] += _histogram(index, distance, bins.count)
     q = torch.empty(sums.shape, dtype=torch.float64)
     for groups, nodes, steps in table.bands:
-        grads = Spread(table.offsets[groups]).to_nodes(sums[groups].double())
+        grads, offsets = sums[groups].double(), table.offsets[groups]
+        around = moments[groups] - offsets * grads if few else None
+        grads = Spread(offsets).to_nodes(grads, around)
         q[groups] = to_middles(nodes.gradient(steps, grads[:, None], implicit)[:, 0].double())
     return q
 
@@ -294,7 +326,7 @@ def _packed(*columns: Tensor) -> Tensor:
     return torch.stack(columns, dim=-1).float()
 
 
-def _look_up(table: Tensor, index: Tensor) -> Tensor:
+def look_up(table: Tensor, index: Tensor) -> Tensor:
     """Look up all columns of a table `(rows, bins, 2 or 4)` at once, as one wide number: `(rows, n, 2 or 4)`."""
     wide = {2: torch.int64, 4: torch.complex128}[table.shape[2]]
     found = table.flatten(0, 1).view(wide)[:, 0].index_select(0, index.reshape(-1))
