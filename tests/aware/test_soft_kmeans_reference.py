@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from benchmarks.measuring import extra_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -193,3 +194,26 @@ def test_what_does_not_fit_is_refused(arguments, message):
 def test_the_implicit_gradient_of_many_clusters_is_refused():
     with pytest.raises(ValueError, match="k ≤ 4"):
         soft_kmeans(torch.zeros(1, 9), torch.zeros(1, 8), 0.1, implicit=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("iterations", [3, 20])
+def test_sixteen_million_weights_and_sixteen_clusters_take_three_and_a_half_times_their_memory(iterations):
+    block = (0.03 * torch.randn(1, 1 << 24, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    upstream = torch.ones_like(block)
+    start = quantiles(block.detach()[0, : 1 << 16], 16)
+
+    def step():
+        soft_kmeans(block, start, 0.02, iterations=iterations, tolerance=0.0).weights.backward(upstream)
+
+    assert extra_bytes(step, cuda=False) <= 3.5 * block.nbytes
+
+
+def test_the_exact_path_heeds_its_memory():
+    block = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    start = torch.randn(64, 16, 4, generator=torch.Generator().manual_seed(1))
+
+    def step():
+        soft_kmeans(block, start, 0.3, memory=1 << 20).weights.sum().backward()
+
+    assert extra_bytes(step, cuda=False) <= 3.5 * block.nbytes + (2 << 20)
