@@ -13,7 +13,8 @@ from hf_r2.quantization.config import R2QuantizationConfig
 from hf_r2.quantization.hf_quantizer import compress
 from hf_r2.selection import base_layer, require_match, select_weights
 
-_CENTROIDS = "weight_centroids"
+CENTROIDS = "weight_centroids"
+"""What a state dict calls the centroids of a layer's weight."""
 
 
 def attach(model: nn.Module, config: R2QuantizationConfig, start: bool = True) -> nn.Module:
@@ -125,12 +126,12 @@ def _keep_plain_names(layer: nn.Module, step: nn.Module) -> None:
     def save(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
         state[f"{prefix}weight"] = state.pop(f"{prefix}parametrizations.weight.original")
         if isinstance(step, DKM) and step.active:
-            state[f"{prefix}{_CENTROIDS}"] = step.centroids
+            state[f"{prefix}{CENTROIDS}"] = step.centroids
 
     def load(state: dict[str, Tensor], prefix: str, *unused: Any) -> None:
         if f"{prefix}weight" in state:
             state[f"{prefix}parametrizations.weight.original"] = state.pop(f"{prefix}weight")
-        centroids = state.pop(f"{prefix}{_CENTROIDS}", None)
+        centroids = state.pop(f"{prefix}{CENTROIDS}", None)
         if centroids is not None and isinstance(step, DKM):
             step.load(centroids)
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_r2.quantization import R2QuantizationConfig, attach, attached, compress, finalize, start_compression
+from hf_r2.quantization.attach import CENTROIDS
 from hf_r2.quantization.quantizer import FloatWeights
 
 logger = logging.get_logger(__name__)
@@ -53,7 +54,8 @@ class TrainedCompression:
         """Compress the trained model, and note for the manifest what that did."""
         start = time.perf_counter()
         self.floats = FloatWeights(model, self.config)
-        float_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        state = model.state_dict()
+        float_bytes = sum(tensor.nbytes for name, tensor in state.items() if not name.endswith(CENTROIDS))
         if self.config.aware:
             finalize(model)
         else:
