@@ -17,6 +17,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LEAST_TEMPERATURE = 1e-20
 """In squared units of a group's size, so that logits stay finite in float32."""
 
+_LEAST_SCALE = 1e-36
+
 _SAMPLE = 1024
 
 
@@ -85,7 +87,7 @@ def soft_kmeans(
         weights, (found, masses) = DistinctSoftKMeans.apply(block, distinct, implicit), distinct.steps[0][1:3]
     elif table is not None:
         weights = TableSoftKMeans.apply(block, table, implicit)
-        found, masses = (torch.cat([steps[0][at] for _, _, steps in table.bands]) for at in (1, 2))
+        found, masses = (torch.cat([band.steps[0][at] for band in table.bands]) for at in (1, 2))
     else:
         weights, found, masses = ExactSoftKMeans.apply(block, start, scaled, implicit, memory)
     found = scaled.outward(found).to(torch.promote_types(block.dtype, torch.float32))
@@ -134,7 +136,8 @@ def _scaled(
     centre = mean.to(torch.promote_types(block.dtype, torch.float32)).double()
     reach = (start - centre).abs().amax(dim=(1, 2), keepdim=True)
     scale = torch.maximum(variance.sqrt(), reach)
-    scale = torch.where(scale > 0, scale, 1)
+    # Of smaller ones float32 has no reciprocal
+    scale = torch.where(scale > 0, scale.clamp_min(_LEAST_SCALE), 1)
     chosen = torch.full_like(variance, temperature) if absolute else temperature * variance
     stop = None if tolerance == 0 or not block.is_cpu else tolerance * variance.sqrt() / scale
     # Equal values are their own means at any temperature

@@ -13,12 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from hf_r2.aware.soft_kmeans_nodes import Nodes, output_at
 from hf_r2.aware.soft_kmeans_steps import Scaled, Step
-from hf_r2.aware.soft_kmeans_table import look_up
+from hf_r2.aware.soft_kmeans_table import look_up, pieces_of
 
 PATTERNS = 1 << 16
-
-_PIECE = 1 << 17
-"""Elements that a pass over the block works on at a time."""
 
 
 class Distinct(NamedTuple):
@@ -49,7 +46,7 @@ def distinguish(block: Tensor, start: Tensor, scaled: Scaled) -> Distinct | None
     if block.dtype not in (torch.float16, torch.bfloat16) or len(block) > 1 or block.shape[1] < 2 * PATTERNS:
         return None
     counts = torch.zeros(PATTERNS, dtype=torch.int64)
-    for piece in block[0].split(_PIECE):
+    for _, (piece,) in pieces_of(block):
         counts += torch.bincount(_patterns(piece), minlength=PATTERNS)
     pattern = counts.nonzero()[:, 0]
     values = torch.arange(PATTERNS, dtype=torch.int32).to(torch.int16).view(block.dtype)[pattern]
@@ -70,8 +67,8 @@ class DistinctSoftKMeans(torch.autograd.Function):
         table = torch.zeros(PATTERNS, dtype=block.dtype)
         table[distinct.pattern] = distinct.nodes.scaled.outward(f)[0, 0].to(block.dtype)
         output = torch.empty(block.shape, dtype=block.dtype)
-        for piece, target in zip(block[0].split(_PIECE), output[0].split(_PIECE), strict=True):
-            torch.index_select(table, 0, _patterns(piece), out=target)
+        for _, (piece, target) in pieces_of(block, output):
+            torch.index_select(table, 0, _patterns(piece), out=target[0])
         return output
 
     @staticmethod
@@ -79,20 +76,19 @@ class DistinctSoftKMeans(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         """Look up f′ and q."""
         (block, slopes), (pattern, nodes, steps) = ctx.saved_tensors, ctx.distinct
-        parts = list(zip(block[0].split(_PIECE), grad[0].split(_PIECE), strict=True))
-        sums = torch.zeros(PATTERNS)
-        for piece, part in parts:
-            sums += torch.bincount(_patterns(piece), part.float(), minlength=PATTERNS)
+        sums = torch.zeros(PATTERNS, dtype=torch.float64)
+        for _, (piece, part) in pieces_of(block, grad):
+            sums += torch.bincount(_patterns(piece), part[0].double(), minlength=PATTERNS)
         table = torch.zeros(1, PATTERNS, 2)
         table[0, pattern, 0] = slopes.float()
         table[0, pattern, 1] = nodes.gradient(steps, sums[pattern][None, None], ctx.implicit)[0, 0].float()
         result = torch.empty(block.shape, dtype=block.dtype)
-        for (piece, part), target in zip(parts, result[0].split(_PIECE), strict=True):
+        for _, (piece, part, target) in pieces_of(block, grad, result):
             found = look_up(table, _patterns(piece))
-            target.copy_(torch.addcmul(found[..., 1], found[..., 0], part.float()))
+            target[0].copy_(torch.addcmul(found[..., 1], found[..., 0], part[0].float()))
         return result, None, None
 
 
 def _patterns(piece: Tensor) -> Tensor:
-    """Bits of 16-bit numbers, int32."""
-    return piece.contiguous().view(torch.int16).int().bitwise_and_(PATTERNS - 1)
+    """Bits of 16-bit numbers `(1, n)`: int32, `(n,)`."""
+    return piece[0].contiguous().view(torch.int16).int().bitwise_and_(PATTERNS - 1)

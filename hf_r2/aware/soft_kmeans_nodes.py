@@ -22,7 +22,7 @@ from hf_r2.aware.soft_kmeans_steps import (
     unroll,
 )
 
-_ENTRIES = 1 << 18
+_ENTRIES = 1 << 17
 """Entries of the attention, groups × clusters × points, that are worked on at a time."""
 
 

@@ -31,11 +31,17 @@ _ELEMENTS_PER_BIN = 4
 _MANY = 1 << 18
 """Of this many elements, where in its bin each lies averages out in sums of the output's gradient."""
 
-_ENTRIES = 1 << 19
-"""Entries of the tables, groups × clusters × bins, that are worked on at a time."""
+_CROWD = 64
+"""A bin is crowded with more than this share, 1 / 64, of the elements."""
 
-_PIECE = 1 << 17
-"""Elements that a pass over the block works on at a time."""
+_ENTRIES, _LEAST_CLUSTERS = 1 << 18, 8
+"""Entries of the tables, groups × clusters × bins, that are worked on at a time; few clusters count as 8."""
+
+_PIECES = 32
+"""A pass works on at most this share, 1 / 32, of a block at a time, so that its temporaries are small beside it."""
+
+_LEAST_PIECE, _MOST_PIECE = 1 << 15, 1 << 17
+"""Elements of a piece: what repays the calls, and what stays in a core's cache."""
 
 
 class Bins(NamedTuple):
@@ -70,61 +76,67 @@ class Bins(NamedTuple):
         return self._at(torch.arange(self.count))
 
     def nodes(self) -> Tensor:
-        """Nodes, `(groups, 1, nodes)` in float64; see [`Spread`]."""
+        """Nodes, `(groups, 1, nodes)` in float64; see [`to_nodes`]."""
         return self._at(torch.arange(-2, self.count // _BINS_PER_NODE + 2) * _BINS_PER_NODE)
 
     def _at(self, number: Tensor) -> Tensor:
         return (self.low.double() + (number + 0.5) / self.per_unit.double())[:, None]
 
 
+class Band(NamedTuple):
+    """Groups of a block whose tables are worked on together.
+
+    Args:
+        groups: which.
+        bins: theirs.
+        offsets: of the bins' means from their middles, in bins, `(groups, bins)`.
+        crowded: whether a bin holds so many elements of its row that a float32 sum over them would lose digits.
+        nodes: see [`to_nodes`].
+        steps: the iterations.
+    """
+
+    groups: slice
+    bins: Bins
+    offsets: Tensor
+    crowded: bool
+    nodes: Nodes
+    steps: list[Step]
+
+
 class Table(NamedTuple):
     """What the passes over all elements of a block need.
 
     Args:
-        scaled: units, temperature and stop rule.
-        bins: the bins.
         index: of each element's bin, plus the bins of the rows before it in its piece, int32, shape of the block.
-        offsets: of the bins' means from their middles, in bins, `(groups, bins)`.
-        bands: groups that are worked on together, with their nodes and steps.
+        bands: all groups.
     """
 
-    scaled: Scaled
-    bins: Bins
     index: Tensor
-    offsets: Tensor
-    bands: list[tuple[slice, Nodes, list[Step]]]
+    bands: list[Band]
 
 
-class Spread:
-    """Cubic interpolation between nodes that are `_BINS_PER_NODE` bins apart.
+def to_nodes(values: Tensor, offsets: Tensor, moments: Tensor | None = None) -> Tensor:
+    """Distribute values of bins to nodes `_BINS_PER_NODE` bins apart, as cubic interpolation between them does.
 
     Args:
-        offsets: see [`Table`].
+        values: sums over the elements of the bins, `(groups, bins)`, float32.
+        offsets: where their means lie, see [`Band`].
+        moments: sums of what was summed times the distances from the bins' means, in bins; None if they vanish.
+
+    Returns:
+        Values of the nodes, `(groups, 1, nodes)`, float32; the first of them lies two before the first bin.
     """
-
-    def __init__(self, offsets: Tensor) -> None:
-        # Two nodes precede the first bin, so that the four around every place exist
-        places = (torch.arange(offsets.shape[1]) + offsets.double()) / _BINS_PER_NODE + 2
-        first = places.floor()
-        self._first = first.long() - 1
-        self._within = places - first
-        self.nodes = offsets.shape[1] // _BINS_PER_NODE + 4
-
-    def to_nodes(self, values: Tensor, moments: Tensor | None = None) -> Tensor:
-        """Distribute values of the bins `(groups, bins)` to the nodes `(groups, nodes)`.
-
-        Args:
-            values: sums over the elements of the bins.
-            moments: sums of what was summed times the distances from the bins' means, in bins; None if they vanish.
-        """
-        result = values.new_zeros(len(values), self.nodes)
-        slopes = _cubic_slopes(self._within)
-        for number, share in enumerate(_cubic(self._within)):
-            part = values * share
-            if moments is not None:
-                part.addcmul_(moments, slopes[number], value=1 / _BINS_PER_NODE)
-            result.scatter_add_(1, self._first + number, part)
-        return result
+    groups, bins = values.shape
+    cells = (groups, bins // _BINS_PER_NODE, _BINS_PER_NODE)
+    within = (offsets.view(cells) + torch.arange(_BINS_PER_NODE)).div_(_BINS_PER_NODE)
+    result = values.new_zeros(groups, 1, cells[1] + 4)
+    slopes = None if moments is None else _cubic_slopes(within)
+    for number, share in enumerate(_cubic(within)):
+        part = share.mul_(values.view(cells))
+        if moments is not None:
+            part.addcmul_(moments.view(cells), slopes[number], value=1 / _BINS_PER_NODE)
+        result[:, 0, number + 1 : number + 1 + cells[1]] += part.sum(dim=2)
+    return result
 
 
 def _cubic(t: Tensor) -> list[Tensor]:
@@ -157,31 +169,32 @@ class TableSoftKMeans(torch.autograd.Function):
     def forward(ctx: Any, block: Tensor, table: Table, implicit: bool) -> Tensor:
         """Look up f, continued linearly by f′."""
         output = torch.empty(block.shape, dtype=block.dtype)
-        f, slopes = _output_table(table)
-        pairs = _packed(f - slopes * table.bins.middles()[:, 0], slopes)
-        for groups, (piece, index, target) in _pieces(block, table.index, output):
-            found = look_up(pairs[groups], index)
-            _write(target, torch.addcmul, found[..., 0], found[..., 1], piece)
+        slopes = []
+        for band in table.bands:
+            pairs = _output_table(band)
+            slopes.append(pairs[..., 1].clone())
+            parts = (each[band.groups] for each in (block, table.index, output))
+            for rows, (piece, index, target) in pieces_of(*parts):
+                found = look_up(pairs[rows], index)
+                _write(target, torch.addcmul, found[..., 0], found[..., 1], piece)
         # The index and f′ are saved as tensors, so that autograd can free them
-        ctx.table, ctx.implicit = table._replace(index=None), implicit
-        ctx.save_for_backward(block, table.index, slopes.float())
+        ctx.bands, ctx.implicit = table.bands, implicit
+        ctx.save_for_backward(block, table.index, *slopes)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         """Look up f′ and q, both continued linearly."""
-        block, index, slopes = ctx.saved_tensors
-        q = _gradient_table(ctx.table._replace(index=index), block, grad, ctx.implicit)
-        middles, columns = ctx.table.bins.middles()[:, 0], []
-        for values in (slopes.double(), q):
-            change = _changes(values) * ctx.table.bins.per_unit
-            columns += [values - change * middles, change]
-        quads, result = _packed(*columns), torch.empty(block.shape, dtype=block.dtype)
-        for groups, (piece, where, part, target) in _pieces(block, index, grad, result):
-            found = look_up(quads[groups], where)
-            own = torch.addcmul(found[..., 0], found[..., 1], piece).mul_(part)
-            _write(target, torch.add, torch.addcmul(found[..., 2], found[..., 3], piece), own)
+        block, index, *slopes = ctx.saved_tensors
+        result = torch.empty(block.shape, dtype=block.dtype)
+        for band, slope in zip(ctx.bands, slopes, strict=True):
+            parts = [each[band.groups] for each in (block, index, grad, result)]
+            quads = _gradient_table(band, slope, *parts[:3], ctx.implicit)
+            for rows, (piece, where, part, target) in pieces_of(*parts):
+                found = look_up(quads[rows], where)
+                own = torch.addcmul(found[..., 0], found[..., 1], piece).mul_(part)
+                _write(target, torch.add, torch.addcmul(found[..., 2], found[..., 3], piece), own)
         return result, None, None
 
 
@@ -201,16 +214,12 @@ def tabulate(block: Tensor, start: Tensor, scaled: Scaled) -> Table | None:
     # Values far from zero, compared with their spread, would lose their last digits in a linear continuation
     if not bool(((reach > largest / 2) & (reach > 1e-30) & (largest < 1e30)).all()):
         return None
-    steps = [Step(start, start, start, None)]
-    wanted = _bins_for(steps, reach, scaled)
+    wanted = _bins_for([Step(start, start, start, None)], reach, scaled)
     enough = block.shape[1] // _ELEMENTS_PER_BIN
     least = min(LEAST_BINS, enough // _BINS_PER_NODE * _BINS_PER_NODE)
-    while 0 < (wanted := max(wanted, least)) <= min(MOST_BINS, enough):
-        table = _run(block, start, scaled, Bins.of(low, high, wanted))
-        count, wanted = (
-            wanted,
-            max(_bins_for(steps, reach[groups], scaled.of(groups)) for groups, _, steps in table.bands),
-        )
+    while 0 < (count := max(wanted, least)) <= min(MOST_BINS, enough):
+        table = _run(block, start, scaled, Bins.of(low, high, count))
+        wanted = max(_bins_for(band.steps, reach[band.groups], scaled.of(band.groups)) for band in table.bands)
         if wanted <= count:
             return table
     return None
@@ -229,36 +238,32 @@ def _bins_for(steps: list[Step], reach: Tensor, scaled: Scaled) -> int:
 
 
 def _run(block: Tensor, start: Tensor, scaled: Scaled, bins: Bins) -> Table:
-    index, counts, offsets = _assign(block, bins)
-    dtype = scaled.arithmetic(block)
-    bands = []
-    for groups in _bands(len(block), start.shape[1] * bins.count):
-        points = scaled.of(groups).inward(bins.of_groups(groups).nodes()).to(dtype)
-        weights = Spread(offsets[groups]).to_nodes(counts[groups])
-        nodes = Nodes(points, weights[:, None], scaled.of(groups))
-        bands.append((groups, nodes, nodes.iterate(start[groups])))
-    return Table(scaled, bins, index, offsets, bands)
-
-
-def _bands(groups: int, entries: int) -> list[slice]:
-    size = max(1, _ENTRIES // entries)
-    return [slice(first, first + size) for first in range(0, groups, size)]
-
-
-def _assign(block: Tensor, bins: Bins) -> tuple[Tensor, Tensor, Tensor]:
-    """Index of each element's bin, numbers of elements in the bins, and offsets of their means; see [`Table`]."""
     index = torch.empty(block.shape, dtype=torch.int32)
+    size = max(1, _ENTRIES // (max(start.shape[1], _LEAST_CLUSTERS) * bins.count))
+    bands = []
+    for groups in (slice(first, first + size) for first in range(0, len(block), size)):
+        own, units, part = bins.of_groups(groups), scaled.of(groups), block[groups]
+        counts, offsets = _assign(part, own, index[groups])
+        points = units.inward(own.nodes()).to(scaled.arithmetic(block))
+        nodes = Nodes(points, to_nodes(counts.float(), offsets), units)
+        crowded = bool((counts > block.shape[1] / _CROWD).any())
+        bands.append(Band(groups, own, offsets, crowded, nodes, nodes.iterate(start[groups])))
+    return Table(index, bands)
+
+
+def _assign(block: Tensor, bins: Bins, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Write the index of each element's bin, return numbers of elements in the bins and offsets of their means."""
     counts = torch.zeros(len(block), bins.count, dtype=torch.int64)
     sums = torch.zeros(counts.shape)
-    for groups, (piece, target) in _pieces(block, index):
-        place = bins.place(piece, groups)
+    for rows, (piece, target) in pieces_of(block, index):
+        place = bins.place(piece, rows)
         target.copy_(place)
         place.frac_()
         if len(target) > 1:
             target += torch.arange(len(target), dtype=torch.int32)[:, None] * bins.count
-        counts[groups] += _histogram(target, None, bins.count)
-        sums[groups] += _histogram(target, place, bins.count)
-    return index, counts.double(), torch.where(counts > 0, sums / counts - 0.5, 0)
+        counts[rows] += _histogram(target, None, bins.count)
+        sums[rows] += _histogram(target, place, bins.count)
+    return counts, torch.where(counts > 0, sums / counts - 0.5, 0)
 
 
 def _histogram(index: Tensor, weights: Tensor | None, bins: int) -> Tensor:
@@ -267,45 +272,48 @@ def _histogram(index: Tensor, weights: Tensor | None, bins: int) -> Tensor:
     return torch.bincount(index.reshape(-1), weights, minlength=len(index) * bins).view(len(index), bins)
 
 
-def _output_table(table: Table) -> tuple[Tensor, Tensor]:
-    """Return f, in units of the block, and f′ in the middles of all bins, `(groups, bins)` in float64."""
-    f, slopes = torch.empty(2, *table.offsets.shape, dtype=torch.float64)
-    for groups, nodes, steps in table.bands:
-        scaled = nodes.scaled
-        points = scaled.inward(table.bins.of_groups(groups).middles()).to(nodes.points.dtype)
-        values, slope = output_at(points, steps[0], scaled.temperature)
-        f[groups], slopes[groups] = scaled.outward(values.double())[:, 0], slope[:, 0].double()
-    return f, slopes
+def _output_table(band: Band) -> Tensor:
+    """Return constant and slope of f, in units of the block, `(groups, bins, 2)` in float32."""
+    middles, scaled = band.bins.middles(), band.nodes.scaled
+    f, slopes = output_at(scaled.inward(middles).to(band.nodes.points.dtype), band.steps[0], scaled.temperature)
+    constant, slopes = _line(scaled.outward(f.double()), slopes.double(), middles)
+    return _packed((constant[:, 0], slopes[:, 0]))
 
 
-def _gradient_table(table: Table, block: Tensor, grad: Tensor, implicit: bool) -> Tensor:
-    """Return q in the middles of all bins, `(groups, bins)` in float64."""
-    bins, few = table.bins, block.shape[1] < _MANY
-    sums = torch.zeros(table.offsets.shape)
-    moments = torch.zeros(table.offsets.shape) if few else None
-    for groups, (piece, part, index) in _pieces(block, grad, table.index):
-        part = part.float()
-        sums[groups] += _histogram(index, part, bins.count)
+def _gradient_table(band: Band, slopes: Tensor, block: Tensor, index: Tensor, grad: Tensor, implicit: bool) -> Tensor:
+    """Return constant and slope of f′ and of q, `(groups, bins, 4)` in float32."""
+    sums = _sums(band, block, index, grad)
+    q = to_middles(band.nodes.gradient(band.steps, sums, implicit)[:, 0].double())
+    middles, per_unit = band.bins.middles()[:, 0], band.bins.per_unit
+    lines = [_line(values, _changes(values) * per_unit, middles) for values in (slopes.double(), q)]
+    return _packed(*lines)
+
+
+def _sums(band: Band, block: Tensor, index: Tensor, grad: Tensor) -> Tensor:
+    """Sum the output's gradient over what the nodes stand for; see [`to_nodes`]."""
+    bins, few = band.bins, block.shape[1] < _MANY
+    dtype = torch.float64 if band.crowded else torch.float32
+    sums = torch.zeros(band.offsets.shape, dtype=dtype)
+    moments = torch.zeros_like(sums)
+    for rows, (piece, part, where) in pieces_of(block, grad, index):
+        part = part.to(dtype)
+        sums[rows] += _histogram(where, part, bins.count)
         if few:
-            distance = bins.place(piece, groups).frac_().sub_(0.5).mul_(part)
-            moments[groups] += _histogram(index, distance, bins.count)
-    q = torch.empty(sums.shape, dtype=torch.float64)
-    for groups, nodes, steps in table.bands:
-        grads, offsets = sums[groups].double(), table.offsets[groups]
-        around = moments[groups] - offsets * grads if few else None
-        grads = Spread(offsets).to_nodes(grads, around)
-        q[groups] = to_middles(nodes.gradient(steps, grads[:, None], implicit)[:, 0].double())
-    return q
+            distance = bins.place(piece, rows).frac_().sub_(0.5)
+            moments[rows] += _histogram(where, distance * part, bins.count)
+    around = (moments - band.offsets * sums).float() if few else None
+    return to_nodes(sums.float(), band.offsets, around)
 
 
-def _pieces(*parts: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+def pieces_of(*parts: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
     """Walk over blocks of one shape together, like [`hf_r2.grain.pieces`], but in pieces for look-ups."""
     groups, n = parts[0].shape
-    rows = max(1, _PIECE // n)
+    size = min(_MOST_PIECE, max(_LEAST_PIECE, groups * n // _PIECES))
+    rows = max(1, size // n)
     for first in range(0, groups, rows):
         band = slice(first, first + rows)
-        for column in range(0, n, _PIECE):
-            yield band, tuple(part[band, column : column + _PIECE] for part in parts)
+        for column in range(0, n, size):
+            yield band, tuple(part[band, column : column + size] for part in parts)
 
 
 def _write(target: Tensor, operation: Callable[..., Tensor], *operands: Tensor) -> None:
@@ -322,8 +330,14 @@ def _changes(values: Tensor) -> Tensor:
     return (torch.cat([change[:, :1], change], dim=1) + torch.cat([change, change[:, -1:]], dim=1)) / 2
 
 
-def _packed(*columns: Tensor) -> Tensor:
-    return torch.stack(columns, dim=-1).float()
+def _line(values: Tensor, slopes: Tensor, middles: Tensor) -> tuple[Tensor, Tensor]:
+    """Return constants and slopes of lines that have these values in the middles of bins."""
+    return values - slopes * middles, slopes
+
+
+def _packed(*lines: tuple[Tensor, Tensor]) -> Tensor:
+    """Put lines of `(groups, bins)` side by side, in float32."""
+    return torch.stack([part.float() for line in lines for part in line], dim=-1)
 
 
 def look_up(table: Tensor, index: Tensor) -> Tensor:
