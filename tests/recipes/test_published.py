@@ -87,6 +87,6 @@ def test_baseline_and_r2_recipes_differ_in_the_r2_lines_only():
 def test_recipe_header_holds_its_launch_line(recipe):
     text = recipe.read_text(encoding="utf-8")
     if "accelerate_configs" not in recipe.parts:
-        script = "python recipes/study/run.py" if "study" in recipe.parts else "accelerate launch recipes/run_"
+        script = "python recipes/study/" if "study" in recipe.parts else "accelerate launch recipes/run_"
         assert script in text.partition(f" {recipe.relative_to(ROOT)}\n")[0]
         assert yaml.safe_load(text)["name"]
