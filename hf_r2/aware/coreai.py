@@ -4,8 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_r2.aware.dkm import DKMOptions, default_temperature
-from hf_r2.aware.soft_kmeans import soft_kmeans
+from hf_r2.aware.dkm import DKMOptions
 
 STRATEGY = "hf_r2_dkm"
 
@@ -13,7 +12,7 @@ STRATEGY = "hf_r2_dkm"
 def register_coreai_strategy() -> type:
     """Register DKM with coreai-opt as the training strategy `"hf_r2_dkm"`.
 
-    A palettizer whose spec names it trains its weights through soft k-means, with the gradient of [`soft_kmeans`];
+    A palettizer whose spec names it trains its weights through soft k-means, with the gradient of `soft_kmeans`;
     evaluation and export stay coreai-opt's, from the trained centroids.
 
     Returns:
@@ -56,17 +55,7 @@ def _train(module: Any, weight: Tensor, options: DKMOptions) -> Tensor:
     vectors, context = module.vectorize(weight)
     groups, _, d = vectors.shape
     start = module.centroids if d > 1 else module.centroids.squeeze(2)
-    temperature = options.temperature or default_temperature(module.n_bits, d)
-    soft = soft_kmeans(
-        vectors.reshape(groups, -1),
-        start,
-        temperature,
-        absolute=options.absolute,
-        iterations=options.iterations,
-        tolerance=options.tolerance,
-        implicit=options.implicit,
-        memory=options.memory,
-    )
+    soft = options.cluster(vectors.reshape(groups, -1), start, options.temperature_for(module.n_bits, d))
     module.centroids = soft.centroids.view(module.centroids.shape).to(module.centroids)
     module._indices_stale = True  # evaluation assigns codes to the new centroids
     return module.devectorize(soft.weights.view(vectors.shape), context)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_r2.aware.soft_kmeans import soft_kmeans
+from hf_r2.aware.soft_kmeans import SoftKMeans, soft_kmeans
 from hf_r2.codecs import CodecSettings, Encoded, decode, encode, palette
 from hf_r2.codecs.bitpack import pack
 from hf_r2.grain import blocks, group_counts, join
@@ -55,6 +55,23 @@ class DKMOptions:
         for name, least in {"iterations": 1, "tolerance": 0, "memory": 1}.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}={getattr(self, name)} is not {least} or more")
+
+    def temperature_for(self, bits: int, cluster_dim: int) -> float:
+        """Return the temperature for 2^bits centroids of `cluster_dim` dimensions."""
+        return self.temperature if self.temperature is not None else default_temperature(bits, cluster_dim)
+
+    def cluster(self, block: Tensor, centroids: Tensor, temperature: float) -> SoftKMeans:
+        """Call [`soft_kmeans`] with these options."""
+        return soft_kmeans(
+            block,
+            centroids,
+            temperature,
+            absolute=self.absolute,
+            iterations=self.iterations,
+            tolerance=self.tolerance,
+            implicit=self.implicit,
+            memory=self.memory,
+        )
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -142,16 +159,7 @@ class DKM(nn.Module):
         parts, ends, masses = [], [], []
         counts = group_counts(values.shape, self.settings.grain)
         for block, table in zip(blocks(values, self.settings.grain), self.first.clone().split(counts), strict=True):
-            soft = soft_kmeans(
-                block,
-                table,
-                self.temperature,
-                absolute=self.options.absolute,
-                iterations=self.options.iterations,
-                tolerance=self.options.tolerance,
-                implicit=self.options.implicit,
-                memory=self.options.memory,
-            )
+            soft = self.options.cluster(block, table, self.temperature)
             parts.append(soft.weights)
             ends.append(soft.centroids)
             masses.append(soft.masses)
@@ -174,9 +182,7 @@ class DKM(nn.Module):
     @property
     def temperature(self) -> float:
         """The temperature in force, see [`DKMOptions`]."""
-        if self.options.temperature is not None:
-            return self.options.temperature
-        return default_temperature(self.settings.bits, self.settings.cluster_dim)
+        return self.options.temperature_for(self.settings.bits, self.settings.cluster_dim)
 
     @torch.no_grad()
     def warnings(self, weight: Tensor) -> list[str]:
