@@ -31,17 +31,20 @@ class TrainedCompression:
         self.start_ratio = start_ratio
         self.facts: dict[str, Any] = {}
         self.floats: FloatWeights | None = None
+        self._begun = False
         self._warned: set[str] = set()
 
     def attach(self, model: nn.Module) -> None:
         """Parametrize a model that is not yet."""
         if self.config.aware and not attached(model):
             attach(model, self.config, start=False)
+            self._begun = False
 
     def step(self, model: nn.Module, progress: float) -> None:
         """Begin, once training has come far enough: progress is in 0–1."""
-        if progress >= self.start_ratio:
+        if not self._begun and progress >= self.start_ratio:
             start_compression(model)
+            self._begun = True
 
     def warn(self, model: nn.Module) -> None:
         """Warn of temperatures that are too high, once per weight."""
