@@ -27,6 +27,10 @@ class PickedCells(NamedTuple):
         """Copy them from a block: `(cells, elements)`."""
         return block.view(-1, self.size).index_select(0, torch.from_numpy(self.index)).numpy()
 
+    def write(self, block: Tensor, cells: np.ndarray) -> None:
+        """Copy them to a block."""
+        block.view(-1, self.size).index_copy_(0, torch.from_numpy(self.index), torch.from_numpy(cells))
+
 
 def as_array(values: Tensor) -> np.ndarray:
     """View a tensor on a CPU as an array. After `values.numpy()`, FSDP2 could no longer free the tensor's storage."""

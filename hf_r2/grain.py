@@ -13,7 +13,7 @@ Grain = str | int
 
 EMPTY = "the weight has no elements; exclude it from the selection"
 
-CPU_PIECE, DEVICE_PIECE = 1 << 16, 1 << 24
+CPU_PIECE, DEVICE_PIECE = 1 << 17, 1 << 24
 """Elements of a piece: what stays in a core's cache, and what keeps a device's temporaries small."""
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +20,20 @@ PROJECTIONS = ("prox", "clip")
 NEWTON_STEPS = 24
 """At most; weights take two to five."""
 
-SAMPLED_CELLS = 256
-"""At least, of a weight that is sampled."""
+SAMPLED_CELLS, SAMPLED_SHARE = 512, 32
+"""Cells of a weight that is sampled, at least, and the share of all of them, 1 / 32, if that is more."""
+
+
+class Limit(NamedTuple):
+    """What the magnitudes of a block's groups are limited to.
+
+    Args:
+        level: `(groups,)`.
+        picked: cells that hold all elements above it, if they are few.
+    """
+
+    level: Tensor
+    picked: PickedCells | None = None
 
 
 class RangeProjection:
@@ -73,7 +86,7 @@ class RangeProjection:
         self.kind = kind
         self.grain = parse_grain(grain)
         self.clip = clip
-        self._limits: list[list[Tensor]] = []
+        self._levels: list[list[Tensor]] = []
         self.selection, self.factors = select_trainable(model, include, exclude, min_numel, factors)
         for name, (module, attribute) in self.selection.items():
             if not isinstance(getattr(module, attribute), nn.Parameter):
@@ -98,15 +111,16 @@ class RangeProjection:
         weights = [weight.detach() for weight in current_weights(self.selection)]
         stacks = stack_alike(weights, self.grain, strengths)
         if self.kind == "prox":
-            before = self._limits or [None] * len(stacks)
-            routines = [_prox_limits(s.weight, s.strength, limits) for s, limits in zip(stacks, before, strict=True)]
+            before = self._levels or [None] * len(stacks)
+            routines = [_prox_limits(s.weight, s.strength, levels) for s, levels in zip(stacks, before, strict=True)]
         else:
             routines = [_clip_limits(stack.weight, self.clip) for stack in stacks]
-        self._limits = run(routines)
-        if all(limit.is_cpu for limits in self._limits for limit in limits):
+        found = run(routines)
+        self._levels = [[limit.level for limit in limits] for limits in found]
+        if all(level.is_cpu for levels in self._levels for level in levels):
             names = list(self.selection)
-            require_finite([names[stack.members[0]] for stack in stacks], map(torch.cat, self._limits))
-        for stack, limits in zip(stacks, self._limits, strict=True):
+            require_finite([names[stack.members[0]] for stack in stacks], map(torch.cat, self._levels))
+        for stack, limits in zip(stacks, found, strict=True):
             share = 1.0 if self.kind == "prox" else stack.strength
             stack.update([weights[index] for index in stack.members], partial(_clamp, limits=limits, share=share))
 
@@ -148,79 +162,73 @@ def prox_l_inf(weight: Tensor, t: float, grain: Grain = "tensor") -> Tensor:
     return _clamped(weight, grain, lambda local: _prox_limits(local, t))
 
 
-def _clip_limits(weight: LocalWeight, multiple: float) -> Routine[list[Tensor]]:
+def _clip_limits(weight: LocalWeight, multiple: float) -> Routine[list[Limit]]:
     sizes = yield from rms(weight)
-    return [multiple * size for size in sizes]
+    return [Limit(multiple * size) for size in sizes]
 
 
-def _prox_limits(weight: LocalWeight, t: Tensor | float, before: list[Tensor] | None = None) -> Routine[list[Tensor]]:
-    """Solve `Σ_i max(|W_i| − τ, 0) = t` for τ, `(groups,)` per block.
+def _prox_limits(weight: LocalWeight, t: Tensor | float, before: list[Tensor] | None = None) -> Routine[list[Limit]]:
+    """Solve `Σ_i max(|W_i| − τ, 0) = t` for τ.
 
     The sum is convex and falls with τ, and it is linear between magnitudes: Newton's method reaches the solution
     exactly, from below, in a few steps. Any part of the elements gives a start that is not above the solution; the
     cells' peaks give one that is close, and if few cells hold what is above it, sorting those elements solves for a
-    single group. Once many elements stand near the limit, that of the step before is closer still.
+    single group. Once many elements stand near the limit, that of the step before tells where to look.
     """
     t = torch.as_tensor(t, dtype=torch.float64, device=weight.tensor.device)
-    warm = (
-        before is not None
-        and not weight.spread
-        and all(crowded(*pair) for pair in zip(weight.blocks(), before, strict=True))
-    )
-    picked: list[PickedCells | None] = [None] * len(weight.elements)
-    if warm:
-        limits = [_sampled_solution(*pair, t) for pair in zip(weight.blocks(), before, strict=True)]
-    else:
-        peaks = [cell_peaks(block) for block in weight.blocks()]
-        yield
-        limits = yield from weight.maximum([_sorted_solution(_few_of(peak), t).to(peak.dtype) for peak in peaks])
-        picked = [pick_cells(*each, above=True) for each in zip(weight.blocks(), peaks, limits, strict=True)]
-        if picked[0] and len(limits[0]) == 1 and not weight.spread:
-            return [_solution_in(picked[0].of(weight.blocks()[0]), limits[0], t)]
+    blocks = weight.blocks()
+    if before and not weight.spread and all(map(crowded, blocks, before)):
+        return [Limit(_limit_of_many(*pair, t.item())) for pair in zip(blocks, before, strict=True)]
+    peaks = [cell_peaks(block) for block in blocks]
+    yield
+    limits = yield from weight.maximum([_sorted_solution(_few_of(peak), t).to(peak.dtype) for peak in peaks])
+    picked = [pick_cells(*each, above=True) for each in zip(blocks, peaks, limits, strict=True)]
+    if picked[0] and len(limits[0]) == 1 and not weight.spread:
+        cells = picked[0].of(blocks[0])
+        return [Limit(_solution_in(cells, limits[0], t), picked[0])]
     for _ in range(NEWTON_STEPS):
-        found = [excess(*arguments).T for arguments in zip(weight.blocks(), limits, picked, strict=True)]
+        found = [excess(*arguments).T for arguments in zip(blocks, limits, picked, strict=True)]
         found = yield from weight.total(found)
-        new = [_newton_step(limit, part, t, warm) for limit, part in zip(limits, found, strict=True)]
+        new = [_newton_step(limit, part, t) for limit, part in zip(limits, found, strict=True)]
         # An accelerator takes all steps: to stop early, the host would have to wait for it
-        done = weight.tensor.is_cpu and all(_settled(*each, warm) for each in zip(new, limits, found, strict=True))
+        done = weight.tensor.is_cpu and all(map(torch.equal, new, limits))
         limits = new
         if done:
             break
-    return limits
+    return [Limit(*pair) for pair in zip(limits, picked, strict=True)]
 
 
-def _newton_step(limit: Tensor, found: Tensor, t: Tensor, warm: bool) -> Tensor:
-    """Step from limits to the next, by the sums and counts above them, `(groups, 2)`."""
+def _newton_step(limit: Tensor, found: Tensor, t: Tensor) -> Tensor:
+    """Step from limits below the solution to the next, by the sums and counts above them, `(groups, 2)`."""
     sums, counts = found.unbind(dim=1)
-    # No element above the limit: from zero, the way is up
-    step = torch.where(sums == 0, 0 if warm else limit, limit + (sums - t) / counts.clamp_min(1))
+    step = torch.where(sums == 0, limit, limit + (sums - t) / counts.clamp_min(1))
     return step.clamp_min(0).to(limit.dtype)
 
 
-def _settled(new: Tensor, old: Tensor, found: Tensor, warm: bool) -> bool:
-    """Tell whether another step would change nothing, or among many elements a millionth of what stands out.
+def _limit_of_many(block: Tensor, before: Tensor, t: float) -> Tensor:
+    """Solve for τ where many elements of the only group stand above it, to 1e-5 of what stands out.
 
-    Newton's error is squared with every step: a step of a thousandth of the mean excess leaves about a millionth.
+    A sample solves for a start, and tells how many elements lie around it. So a step from the start is accurate to
+    second order, and one pass over all elements is mostly enough.
     """
-    if not warm:
-        return torch.equal(new, old)
-    sums, counts = found.unbind(dim=1)
-    return bool(((new - old).abs() * counts.clamp_min(1) <= 1e-3 * sums).all())
-
-
-def _sampled_solution(block: Tensor, limit: Tensor, t: Tensor) -> Tensor:
-    """Solve for τ on a part of a block of one group, from any limit: on so many elements that it comes close."""
-    cells = block.numel() // CELL
-    if cells < 16 * SAMPLED_CELLS:
-        return limit
-    sample = sample_cells(block, max(SAMPLED_CELLS, cells // 16))
-    share = t * (sample.numel() / block.numel())
+    cells = max(SAMPLED_CELLS, block.numel() // (CELL * SAMPLED_SHARE))
+    sample = np.abs(sample_cells(block, cells).numpy())
+    ratio = block.numel() / sample.size
+    limit = before.item()
+    for _ in range(3):
+        more, count = np.maximum(sample - limit, 0).sum().item(), np.count_nonzero(sample > limit)
+        limit = max(limit + (more - t / ratio) / max(count, 1), 0.0)
     for _ in range(NEWTON_STEPS):
-        found = excess(sample, limit, None).T
-        limit, last = _newton_step(limit, found, share, warm=True), limit
-        if _settled(limit, last, found, warm=True):
+        total, count = excess(block, before.new_full((1,), limit), None)[:, 0].tolist()
+        if count == 0:
+            limit = 0.0
+            continue
+        step, around = (total - t) / count, total / count / 4
+        density = ratio * np.count_nonzero(np.abs(sample - limit) < around) / (2 * around)
+        limit = max(limit + step + density * step**2 / (2 * count), 0.0)  # in this order, NaN stays
+        if abs(step) * count <= 0.005 * total:
             break
-    return limit
+    return before.new_full((1,), limit)
 
 
 def _few_of(peaks: Tensor) -> Tensor:
@@ -246,7 +254,7 @@ def _sorted_solution(magnitudes: Tensor, t: Tensor) -> Tensor:
     return ((ordered.cumsum(dim=1) - t) / counts).amax(dim=1).clamp_min(0)
 
 
-def _clamped(weight: Tensor, grain: Grain, limits: Callable[[LocalWeight], Routine[list[Tensor]]]) -> Tensor:
+def _clamped(weight: Tensor, grain: Grain, limits: Callable[[LocalWeight], Routine[list[Limit]]]) -> Tensor:
     local, result = LocalWeight(weight, grain), weight.detach().clone()
     with torch.no_grad():
         (found,) = run([limits(local)])
@@ -254,15 +262,20 @@ def _clamped(weight: Tensor, grain: Grain, limits: Callable[[LocalWeight], Routi
     return result
 
 
-def _clamp(blocks: list[Tensor], limits: list[Tensor], share: Tensor | float = 1.0) -> None:
-    for block, limit in zip(blocks, limits, strict=True):
-        if block.is_cpu and len(block) == 1 and isinstance(share, float) and share == 1:
-            block.clamp_(-limit.item(), limit.item())
+def _clamp(blocks: list[Tensor], limits: list[Limit], share: Tensor | float = 1.0) -> None:
+    whole = isinstance(share, float) and share == 1
+    for block, (level, picked) in zip(blocks, limits, strict=True):
+        if picked:
+            bound = level.numpy()[picked.groups, None]
+            picked.write(block, np.clip(picked.of(block), -bound, bound))
+            continue
+        if block.is_cpu and len(block) == 1 and whole:
+            block.clamp_(-level.item(), level.item())
             continue
         for band, (piece,) in pieces(block):
-            bound = limit[band, None]
+            bound = level[band, None]
             # minimum and maximum broadcast fast, clamp with tensor bounds does not
-            if isinstance(share, float) and share == 1:
+            if whole:
                 torch.maximum(torch.minimum(piece, bound, out=piece), -bound, out=piece)
             else:
                 piece.lerp_(torch.maximum(torch.minimum(piece, bound), -bound), share)

@@ -96,5 +96,5 @@ def _signs_outside(values: Tensor, level: Tensor) -> Tensor:
 def _add_signs_of_one(grad: Tensor, group: Tensor, level: float, scale: float) -> None:
     buffer, split = cached_pieces(group)
     for piece, target in zip(split, grad.split(len(buffer)), strict=True):
-        inside = torch.clamp(piece, -level, level, out=buffer[: len(piece)])
-        target.add_(torch.sub(piece, inside, out=inside).sign_(), alpha=scale)
+        above = torch._C._nn.softshrink(piece, level, out=buffer[: len(piece)])
+        target.add_(above.sign_(), alpha=scale)
