@@ -10,6 +10,7 @@ from hf_r2.aware.soft_kmeans_half import DistinctSoftKMeans, distinguish
 from hf_r2.aware.soft_kmeans_implicit import MOST_CLUSTERS
 from hf_r2.aware.soft_kmeans_steps import Scaled
 from hf_r2.aware.soft_kmeans_table import TableSoftKMeans, tabulate
+from hf_r2.cells import cell_size
 from hf_r2.grain import pieces
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -147,6 +148,17 @@ def _scaled(
 
 def _moments(block: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of every row, `(groups,)` in float64."""
+    if block.is_cpu and block.dtype == torch.float32:
+        # Sums of cells in float32, then of these in float64, while the mean is too near zero to cost digits
+        cells = block.reshape(len(block), -1, cell_size(block.shape[1]))
+        mean = cells.sum(dim=2).sum(dim=1, dtype=torch.float64) / block.shape[1]
+        square = torch.linalg.vector_norm(cells, dim=2).double().square().sum(dim=1) / block.shape[1]
+        if bool(((square > 1e-30) & (square < 1e30) & (mean.square() < 0.1 * square)).all()):
+            return mean, square - mean.square()
+    return _careful_moments(block)
+
+
+def _careful_moments(block: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(block.dtype, torch.float32)
     # Around a typical value, in multiples of the largest, squares neither overflow nor lose digits
     largest = torch.maximum(block.amax(dim=1), -block.amin(dim=1)).double()[:, None]

@@ -91,11 +91,18 @@ class _Band:
         logits = Linear.logits(centroids, self.scaled.temperature, self.dtype)
         for start in range(0, self.vectors, self.size):
             columns = slice(start * self.d, min((start + self.size) * self.d, self.block.shape[1]))
-            points = self.scaled.inward(self._vectors(self.block, columns, completed=True)).mT
+            points = self._points(columns)
             found = columns, points, softmax_(logits.of(points))
             if self.size >= self.vectors:
                 self._kept = centroids, found
             yield found
+
+    def _points(self, columns: slice) -> Tensor:
+        """Cut columns into points `(groups, d, n)`, contiguous: sums over n take a quarter of the time then."""
+        vectors = self._vectors(self.block, columns, completed=True).mT
+        points = torch.empty(vectors.shape, dtype=self.dtype, device=vectors.device)
+        centre, per_scale = (each.to(self.dtype) for each in (self.scaled.centre, 1 / self.scaled.scale))
+        return torch.sub(vectors, centre, out=points).mul_(per_scale)
 
     def _vectors(self, values: Tensor, columns: slice, completed: bool) -> Tensor:
         """Cut columns into vectors `(groups, n, d)`; the last is completed with the first elements, or with zeros."""
@@ -119,7 +126,7 @@ class _Band:
         """Write the soft weights under the last step."""
         values = step.new.to(self.dtype).mT
         for columns, _, attended in self.attended(step.old):
-            output[:, columns] = _elements(self.scaled.outward(values @ attended), columns)
+            output[:, columns] = _elements(self.scaled.outward(values @ attended), columns.stop - columns.start)
 
     def gradient(self, steps: list[Step], grad: Tensor, implicit: bool) -> Tensor:
         """Return the block's gradient from the output's, in the arithmetic of the band."""
@@ -164,7 +171,7 @@ class _Band:
             through_softmax_(logits, attended)
             total += logits.sum(dim=2, keepdim=True)
             first += weighted_sum(logits, points)
-            target[:, columns] += _elements(torch.baddbmm(slopes @ attended, inward, logits), columns)
+            _add_elements(target[:, columns], torch.baddbmm(slopes @ attended, inward, logits))
         return to_centroids(total, first, step, temperature)
 
     def linearize(self, step: Step, grad: Tensor) -> Linearized:
@@ -180,6 +187,13 @@ class _Band:
         return Linearized(slope, jacobian * (2 / self.scaled.temperature))
 
 
-def _elements(vectors: Tensor, columns: slice) -> Tensor:
+def _elements(vectors: Tensor, count: int) -> Tensor:
     """Lay vectors `(groups, d, n)` side by side again, without what completed the last."""
-    return vectors.mT.flatten(1)[:, : columns.stop - columns.start]
+    return vectors.mT.flatten(1)[:, :count]
+
+
+def _add_elements(target: Tensor, vectors: Tensor) -> None:
+    if target.shape[1] == vectors.shape[1] * vectors.shape[2]:
+        target.view(len(target), -1, vectors.shape[1]).mT.add_(vectors)
+    else:
+        target += _elements(vectors, target.shape[1])

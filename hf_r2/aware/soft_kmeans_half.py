@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from hf_r2.aware.soft_kmeans_nodes import Nodes, output_at
 from hf_r2.aware.soft_kmeans_steps import Scaled, Step
-from hf_r2.aware.soft_kmeans_table import look_up, pieces_of
+from hf_r2.aware.soft_kmeans_table import MOST_PIECE, look_up, pieces_of
 
 PATTERNS = 1 << 16
 
@@ -46,7 +46,7 @@ def distinguish(block: Tensor, start: Tensor, scaled: Scaled) -> Distinct | None
     if block.dtype not in (torch.float16, torch.bfloat16) or len(block) > 1 or block.shape[1] < 2 * PATTERNS:
         return None
     counts = torch.zeros(PATTERNS, dtype=torch.int64)
-    for _, (piece,) in pieces_of(block):
+    for _, (piece,) in pieces_of(block, least=MOST_PIECE):
         counts += torch.bincount(_patterns(piece), minlength=PATTERNS)
     pattern = counts.nonzero()[:, 0]
     values = torch.arange(PATTERNS, dtype=torch.int32).to(torch.int16).view(block.dtype)[pattern]
@@ -77,7 +77,7 @@ class DistinctSoftKMeans(torch.autograd.Function):
         """Look up f′ and q."""
         (block, slopes), (pattern, nodes, steps) = ctx.saved_tensors, ctx.distinct
         sums = torch.zeros(PATTERNS, dtype=torch.float64)
-        for _, (piece, part) in pieces_of(block, grad):
+        for _, (piece, part) in pieces_of(block, grad, least=MOST_PIECE):
             sums += torch.bincount(_patterns(piece), part[0].double(), minlength=PATTERNS)
         table = torch.zeros(1, PATTERNS, 2)
         table[0, pattern, 0] = slopes.float()

@@ -194,4 +194,4 @@ def weighted_sum(values: Tensor, points: Tensor) -> Tensor:
 
     For scalars pairwise: a matrix product adds one after another, which in float32 costs two digits.
     """
-    return (values * points).sum(dim=2, keepdim=True) if points.shape[1] == 1 else values @ points.mT
+    return (values * points).sum(dim=2, keepdim=True) if points.shape[1] == 1 else (points @ values.mT).mT

@@ -7,7 +7,7 @@ elements of the interpolated function.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -40,8 +40,9 @@ _ENTRIES, _LEAST_CLUSTERS = 1 << 18, 8
 _PIECES = 32
 """A pass works on at most this share, 1 / 32, of a block at a time, so that its temporaries are small beside it."""
 
-_LEAST_PIECE, _MOST_PIECE = 1 << 15, 1 << 17
-"""Elements of a piece: what repays the calls, and what stays in a core's cache."""
+_LEAST_PIECE, MOST_PIECE = 1 << 15, 1 << 17
+"""Elements of a piece: what repays the calls, and what stays in a core's cache. Counting builds little, and starts with
+a histogram of all bins: it takes the most."""
 
 
 class Bins(NamedTuple):
@@ -107,7 +108,7 @@ class Table(NamedTuple):
     """What the passes over all elements of a block need.
 
     Args:
-        index: of each element's bin, plus the bins of the rows before it in its piece, int32, shape of the block.
+        index: of each element's bin among those of its band, int32, shape of the block.
         bands: all groups.
     """
 
@@ -174,9 +175,9 @@ class TableSoftKMeans(torch.autograd.Function):
             pairs = _output_table(band)
             slopes.append(pairs[..., 1].clone())
             parts = (each[band.groups] for each in (block, table.index, output))
-            for rows, (piece, index, target) in pieces_of(*parts):
-                found = look_up(pairs[rows], index)
-                _write(target, torch.addcmul, found[..., 0], found[..., 1], piece)
+            for _, (piece, index, target) in pieces_of(*parts):
+                found = look_up(pairs, index)
+                _write(target, found[..., 0], found[..., 1], piece)
         # The index and f′ are saved as tensors, so that autograd can free them
         ctx.bands, ctx.implicit = table.bands, implicit
         ctx.save_for_backward(block, table.index, *slopes)
@@ -191,10 +192,10 @@ class TableSoftKMeans(torch.autograd.Function):
         for band, slope in zip(ctx.bands, slopes, strict=True):
             parts = [each[band.groups] for each in (block, index, grad, result)]
             quads = _gradient_table(band, slope, *parts[:3], ctx.implicit)
-            for rows, (piece, where, part, target) in pieces_of(*parts):
-                found = look_up(quads[rows], where)
-                own = torch.addcmul(found[..., 0], found[..., 1], piece).mul_(part)
-                _write(target, torch.add, torch.addcmul(found[..., 2], found[..., 3], piece), own)
+            for _, (piece, where, part, target) in pieces_of(*parts):
+                found = look_up(quads, where)
+                own, through = (torch.addcmul(found[..., at], found[..., at + 1], piece) for at in (0, 2))
+                _write(target, through, own, part)
         return result, None, None
 
 
@@ -255,21 +256,22 @@ def _assign(block: Tensor, bins: Bins, index: Tensor) -> tuple[Tensor, Tensor]:
     """Write the index of each element's bin, return numbers of elements in the bins and offsets of their means."""
     counts = torch.zeros(len(block), bins.count, dtype=torch.int64)
     sums = torch.zeros(counts.shape)
-    for rows, (piece, target) in pieces_of(block, index):
+    for rows, (piece, target) in pieces_of(block, index, least=MOST_PIECE):
         place = bins.place(piece, rows)
         target.copy_(place)
         place.frac_()
-        if len(target) > 1:
-            target += torch.arange(len(target), dtype=torch.int32)[:, None] * bins.count
-        counts[rows] += _histogram(target, None, bins.count)
-        sums[rows] += _histogram(target, place, bins.count)
+        if len(block) > 1:
+            target += torch.arange(len(block), dtype=torch.int32)[rows, None] * bins.count
+        counts[rows] += _histogram(target, None, rows, bins.count)
+        sums[rows] += _histogram(target, place, rows, bins.count)
     return counts, torch.where(counts > 0, sums / counts - 0.5, 0)
 
 
-def _histogram(index: Tensor, weights: Tensor | None, bins: int) -> Tensor:
-    """Count, or sum weights, over the bins of the rows of a piece: `(rows, bins)`."""
+def _histogram(index: Tensor, weights: Tensor | None, rows: slice, bins: int) -> Tensor:
+    """Count, or sum weights, over the bins of some rows of a band: `(rows, bins)`."""
     weights = None if weights is None else weights.reshape(-1)
-    return torch.bincount(index.reshape(-1), weights, minlength=len(index) * bins).view(len(index), bins)
+    own = index - rows.start * bins if rows.start else index
+    return torch.bincount(own.reshape(-1), weights, minlength=len(index) * bins).view(len(index), bins)
 
 
 def _output_table(band: Band) -> Tensor:
@@ -295,20 +297,20 @@ def _sums(band: Band, block: Tensor, index: Tensor, grad: Tensor) -> Tensor:
     dtype = torch.float64 if band.crowded else torch.float32
     sums = torch.zeros(band.offsets.shape, dtype=dtype)
     moments = torch.zeros_like(sums)
-    for rows, (piece, part, where) in pieces_of(block, grad, index):
+    for rows, (piece, part, where) in pieces_of(block, grad, index, least=MOST_PIECE):
         part = part.to(dtype)
-        sums[rows] += _histogram(where, part, bins.count)
+        sums[rows] += _histogram(where, part, rows, bins.count)
         if few:
             distance = bins.place(piece, rows).frac_().sub_(0.5)
-            moments[rows] += _histogram(where, distance * part, bins.count)
+            moments[rows] += _histogram(where, distance * part, rows, bins.count)
     around = (moments - band.offsets * sums).float() if few else None
     return to_nodes(sums.float(), band.offsets, around)
 
 
-def pieces_of(*parts: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+def pieces_of(*parts: Tensor, least: int = _LEAST_PIECE) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
     """Walk over blocks of one shape together, like [`hf_r2.grain.pieces`], but in pieces for look-ups."""
     groups, n = parts[0].shape
-    size = min(_MOST_PIECE, max(_LEAST_PIECE, groups * n // _PIECES))
+    size = min(MOST_PIECE, max(least, groups * n // _PIECES))
     rows = max(1, size // n)
     for first in range(0, groups, rows):
         band = slice(first, first + rows)
@@ -316,12 +318,12 @@ def pieces_of(*parts: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
             yield band, tuple(part[band, column : column + size] for part in parts)
 
 
-def _write(target: Tensor, operation: Callable[..., Tensor], *operands: Tensor) -> None:
-    """Write a float32 result straight to its place, or round it."""
+def _write(target: Tensor, constant: Tensor, slope: Tensor, values: Tensor) -> None:
+    """Write `constant + slope · values` straight to its place in float32, or round it."""
     if target.dtype == torch.float32:
-        operation(*operands, out=target)
+        torch.addcmul(constant, slope, values, out=target)
     else:
-        target.copy_(operation(*operands))
+        target.copy_(torch.addcmul(constant, slope, values))
 
 
 def _changes(values: Tensor) -> Tensor:
@@ -341,7 +343,7 @@ def _packed(*lines: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def look_up(table: Tensor, index: Tensor) -> Tensor:
-    """Look up all columns of a table `(rows, bins, 2 or 4)` at once, as one wide number: `(rows, n, 2 or 4)`."""
+    """Look up all columns of a table `(groups, bins, 2 or 4)` at once, as one wide number: `(rows, n, 2 or 4)`."""
     wide = {2: torch.int64, 4: torch.complex128}[table.shape[2]]
     found = table.flatten(0, 1).view(wide)[:, 0].index_select(0, index.reshape(-1))
     return found[:, None].view(torch.float32).view(*index.shape, -1)
