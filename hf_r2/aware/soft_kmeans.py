@@ -150,7 +150,7 @@ def _moments(block: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of every row, `(groups,)` in float64."""
     if block.is_cpu and block.dtype == torch.float32:
         # Sums of cells in float32, then of these in float64, while the mean is too near zero to cost digits
-        cells = block.reshape(len(block), -1, cell_size(block.shape[1]))
+        cells = block.contiguous().view(len(block), -1, cell_size(block.shape[1]))
         mean = cells.sum(dim=2).sum(dim=1, dtype=torch.float64) / block.shape[1]
         square = torch.linalg.vector_norm(cells, dim=2).double().square().sum(dim=1) / block.shape[1]
         if bool(((square > 1e-30) & (square < 1e30) & (mean.square() < 0.1 * square)).all()):
