@@ -103,6 +103,21 @@ class R2TrainingArguments(TrainingArguments):
         default=0.0, metadata={"help": "Share of the steps after which compression-aware training begins."}
     )
 
+    r2_teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Float model to distil from: a local path or a name on the Hub; or 'start', the model as the "
+            "trainer gets it."
+        },
+    )
+    r2_distillation_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature T > 0 that both models' logits are divided by."}
+    )
+    r2_distillation_share: float = field(
+        default=1.0,
+        metadata={"help": "Share s in (0, 1] of the distillation: the loss is (1 − s) × task loss + s × T² × KL."},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, choices in {
@@ -127,6 +142,13 @@ class R2TrainingArguments(TrainingArguments):
             raise ValueError(f"r2_aware={self.r2_aware!r} is not one of {', '.join(AWARE_METHODS)}")
         if not 0 <= self.r2_aware_start_ratio < 1:
             raise ValueError(f"r2_aware_start_ratio={self.r2_aware_start_ratio} is not in [0, 1)")
+        if not 0 < self.r2_distillation_temperature < math.inf:
+            raise ValueError(f"r2_distillation_temperature={self.r2_distillation_temperature} is not a number > 0")
+        if not 0 < self.r2_distillation_share <= 1:
+            raise ValueError(
+                f"r2_distillation_share={self.r2_distillation_share} is not in (0, 1]: without a teacher, leave out "
+                "r2_teacher"
+            )
         if not self.r2_clip > 1:
             raise ValueError(f"r2_clip={self.r2_clip} is not above 1, the rms itself")
         if not 0 <= self.r2_start_ratio < self.r2_end_ratio <= 1:

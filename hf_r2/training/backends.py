@@ -15,10 +15,13 @@ def require_supported(trainer: "R2Mixin") -> None:
     Raises:
         ValueError: for DeepSpeed ZeRO-3 and FSDP1, whose weights no process can read between steps; for projections
             and chosen strengths under DeepSpeed, whose optimizer keeps weights and gradients to itself; and for range
-            losses with optimizers that step inside the backward pass.
+            losses with optimizers that step inside the backward pass; for teachers where a process has a part of the
+            model or of a sequence, or several devices.
     """
     if trainer.compression is not None and trainer.compression.config.aware:
         _require_whole_weights(trainer)
+    if trainer.teacher is not None:
+        _require_whole_batches(trainer)
     if trainer.args.r2_mode == "none" or trainer.args.r2_strength == 0:
         return
     mode, optimizer = trainer.args.r2_mode, str(getattr(trainer.args.optim, "value", trainer.args.optim))
@@ -53,6 +56,16 @@ def _require_whole_weights(trainer: "R2Mixin") -> None:
             f"r2_aware={trainer.compression.config.aware!r} needs whole weights, but FSDP and DeepSpeed ZeRO-3 cut "
             "them: use DDP (recipes/accelerate_configs/ddp.yaml)"
         )
+
+
+def _require_whole_batches(trainer: "R2Mixin") -> None:
+    deepspeed = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if deepspeed is not None and deepspeed.zero_stage == 3:
+        raise ValueError(f"DeepSpeed ZeRO-3 would cut the teacher as well: {_FSDP2}, or ZeRO-2")
+    if trainer.args.n_gpu > 1:
+        raise ValueError("distillation needs a process for each GPU: start with accelerate launch or torchrun")
+    if trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size() > 1:
+        raise ValueError(f"distillation knows no tensor, context or sequence parallelism: use DDP, or {_FSDP2[4:]}")
 
 
 def differentiable_loss(trainer: "R2Mixin") -> bool:

@@ -20,7 +20,9 @@ from hf_r2.selection import current_weights
 from hf_r2.training.arguments import R2TrainingArguments
 from hf_r2.training.backends import differentiable_loss, require_supported
 from hf_r2.training.compression import TrainedCompression
+from hf_r2.training.distillation import Distillation, scores_next_token
 from hf_r2.training.strength import CrestTarget, GradientRatioTarget
+from hf_r2.training.teacher import START, copy_of, find_teacher, fingerprint, place
 
 R2_STATE_NAME = "r2_state.safetensors"
 
@@ -61,11 +63,19 @@ class R2Mixin:
     checkpoint; with a method in its `aware` or in `r2_aware`, it trains through its compression (see [`attach`]).
     Checkpoints made in training hold the float weights, to resume from.
 
+    With a teacher, `(1 − share) × task loss + share × distillation loss` takes the task loss's place (see
+    [`Distillation`]), and the R2 term is added to that. The teacher stays out of the model and of its checkpoints, and
+    every process has all of it. A copy of the start (`r2_teacher="start"`) is made together with the trainer, before
+    any checkpoint is loaded: to resume, build the trainer with the model that the run started from. Checkpoints hold a
+    fingerprint of the teacher, so that another one is refused.
+
     The trainer's arguments must have the `r2_*` fields of [`R2TrainingArguments`].
 
     Args:
         *args: see the trainer.
         quantization_config: how the model is compressed; None leaves it float.
+        teacher: model to distil from, for one that `r2_teacher` cannot name; put on the model's device, in evaluation
+            mode.
         **kwargs: see the trainer.
     """
 
@@ -75,7 +85,16 @@ class R2Mixin:
 
     compression: TrainedCompression | None = None
 
-    def __init__(self, *args: Any, quantization_config: R2QuantizationConfig | None = None, **kwargs: Any) -> None:
+    teacher: nn.Module | None = None
+    distillation: Distillation | None = None
+
+    def __init__(
+        self,
+        *args: Any,
+        quantization_config: R2QuantizationConfig | None = None,
+        teacher: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, R2TrainingArguments):
             raise ValueError(
@@ -89,14 +108,24 @@ class R2Mixin:
                 content = {**quantization_config.to_dict(), "aware": self.args.r2_aware}
                 quantization_config = R2QuantizationConfig(**content)
             self.compression = TrainedCompression(quantization_config, self.args.r2_aware_start_ratio)
+        self.teacher = find_teacher(self.args.r2_teacher, teacher, self.model)
         self._regularize(self.model)
         self.add_callback(_R2Callback(self))
+
+    def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Make a model of `model_init`; a teacher that is its start starts anew with it."""
+        model = super().call_model_init(*args, **kwargs)
+        if self.teacher is not None and self.args.r2_teacher == START:
+            self.teacher = copy_of(model)
+        return model
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Train from fresh R2 state: `model_init` and a hyper-parameter trial may have changed model and arguments."""
         if getattr(self.model, "hf_quantizer", None) is not None:
             raise ValueError("the model is compressed and cannot train: start from a float model, or a checkpoint")
         self._regularize(self.model)
+        if self.teacher is not None:
+            place(self.teacher, self.args.device, self.args.world_size)
         output = super()._inner_training_loop(*args, **kwargs)
         if self.compression is not None:
             self.compression.finish(self.model)
@@ -114,6 +143,9 @@ class R2Mixin:
         self._r2_steps = 0
         self.range_loss = self.range_optimizer = self.range_projection = self.strength_target = None
         require_supported(self)
+        if self.teacher is not None:
+            temperature, share = self.args.r2_distillation_temperature, self.args.r2_distillation_share
+            self.distillation = Distillation(self.teacher, temperature, share, shifted=scores_next_token(model))
         if self.compression is not None:
             self.compression.attach(model)
         if self.args.r2_mode == "none" or self.args.r2_strength == 0:
@@ -212,13 +244,31 @@ class R2Mixin:
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the task loss, in training with this micro-batch's share of the R2 term."""
+        """Return the task loss, in training distilled and with this micro-batch's share of the R2 term."""
+        distilled = self.distillation is not None and model.training
+        batch = dict(inputs)  # as it is before label smoothing takes the labels out
         result = super().compute_loss(
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            model, inputs, return_outputs=return_outputs or distilled, num_items_in_batch=num_items_in_batch
         )
-        if self.range_loss is None or not model.training:
-            return result
-        loss, outputs = result if return_outputs else (result, None)
+        loss, outputs = result if return_outputs or distilled else (result, None)
+        if distilled:
+            loss = self._distil(loss, outputs, batch, num_items_in_batch)
+        if self.range_loss is not None and model.training:
+            loss = loss + self._r2_term(num_items_in_batch).to(loss.device)
+        return (loss, outputs) if return_outputs else loss
+
+    def _distil(
+        self, loss: Tensor, outputs: Any, batch: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        scaled = self._loss_is_scaled(num_items_in_batch)
+        items = num_items_in_batch if scaled else None
+        if items is not None and self.args.average_tokens_across_devices:
+            items = items / self.accelerator.num_processes  # they are all processes', whose gradients are averaged
+        micro_batches = getattr(self, "current_gradient_accumulation_steps", 1)
+        return self.distillation.mix(loss, outputs, batch, micro_batches, scaled, items)
+
+    def _r2_term(self, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Measure the R2 term, once per optimizer step; return this micro-batch's share of it."""
         if differentiable_loss(self):
             value = self._strength() * self.range_loss()
             self._r2_value = value.detach()
@@ -229,8 +279,7 @@ class R2Mixin:
         # A loss that is a mean over the micro-batch is divided by the accumulation steps later, and the value with it
         if self._loss_is_scaled(num_items_in_batch):
             value = value / getattr(self, "current_gradient_accumulation_steps", 1)
-        loss = loss + value.to(loss.device)
-        return (loss, outputs) if return_outputs else loss
+        return value
 
     def _strength(self) -> Tensor | float:
         """Strength of this optimizer step, without a projection's learning rate: a number, or one per weight."""
@@ -293,12 +342,14 @@ class R2Mixin:
     # --- what is shown and kept -------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; beside the training loss also the task's part, the R2 term and how the weights are distributed."""
+        """Log; beside the training loss also its parts and how the weights are distributed."""
         if "loss" in logs:
             if self._r2_steps:
                 logs["r2_loss"] = float(self._r2_total) / self._r2_steps
                 logs["task_loss"] = logs["loss"] - logs["r2_loss"]
                 self._r2_total, self._r2_steps = 0.0, 0
+            if self.distillation is not None:
+                logs |= self.distillation.averages(lambda losses: self.accelerator.reduce(losses, "mean"))
             if self.strength_target is not None:
                 logs["r2_strength"] = float(self.strength_target.strengths.mean())
             for statistic, values in self.weight_summary().items():
@@ -329,11 +380,13 @@ class R2Mixin:
         }
 
     def _r2_state(self) -> dict[str, Tensor]:
-        """Collect what has to be saved beside the optimizer: learnable values, and the state of chosen strengths."""
+        """Collect what is saved beside the optimizer: learnable values, chosen strengths, the teacher's fingerprint."""
         state = dict(self.range_loss.state_dict()) if self.range_optimizer is not None else {}
         if self.strength_target is not None:
             state |= {"strength_target.state": self.strength_target.state}
             state |= {"strength_target.strengths": self.strength_target.strengths}
+        if self.teacher is not None:
+            state |= {"teacher": fingerprint(self.teacher)}
         return state
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -344,8 +397,8 @@ class R2Mixin:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        expected = self._r2_state()
-        if checkpoint is None or not expected:
+        expected = self._r2_state() if checkpoint is not None else {}
+        if not expected:
             return
         path = os.path.join(checkpoint, R2_STATE_NAME)
         state = load_file(path) if os.path.isfile(path) else {}
@@ -355,6 +408,11 @@ class R2Mixin:
             raise ValueError(
                 f"{checkpoint} does not hold the R2 state of r2_loss={self.args.r2_loss!r} with these settings: resume "
                 "with the r2_* arguments that it was trained with, or start without resuming"
+            )
+        if self.teacher is not None and not torch.equal(state.pop("teacher"), expected["teacher"]):
+            raise ValueError(
+                f"the run of {checkpoint} has another teacher: resume with the same one; for r2_teacher={START!r}, "
+                "build the trainer with the model that the run started from, not with a checkpoint's"
             )
         if self.strength_target is not None:
             self.strength_target.state = state.pop("strength_target.state")

@@ -43,19 +43,34 @@ class R2Trainer(R2Mixin, Trainer):
 
     def _base_model(self) -> str:
         """Name what the compressed model was made from, without a path of this machine."""
-        start = self.model.name_or_path or self.args.hub_model_id or self.args.output_dir
-        return Path(start).name if os.path.exists(start) else start
+        return _without_path(self.model.name_or_path or self.args.hub_model_id or self.args.output_dir)
 
     def training_facts(self) -> dict[str, Any]:
-        """Facts of the training stage: R2 arguments, seed, steps, seconds, and the logged curves."""
+        """Facts of the training stage: R2 arguments, teacher, seed, steps, seconds, and the logged curves."""
         r2 = {name: value for name, value in self.args.to_dict().items() if name.startswith("r2_")}
+        r2["r2_teacher"] = r2["r2_teacher"] and _without_path(r2["r2_teacher"])
         return {
             "hub_model_id": self.args.hub_model_id,
             "r2": r2 if self.range_loss or self.range_projection else None,
             "seed": self.args.seed,
+            "distillation": self._distillation_facts(r2["r2_teacher"]),
             "aware": self.compression.config.aware if self.compression else None,
             "steps": self.state.global_step,
             "seconds": self._seconds,
             "log_history": self.state.log_history,
             "weights": self.final_weights or None,
         }
+
+    def _distillation_facts(self, name: str | None) -> dict[str, Any] | None:
+        if self.teacher is None:
+            return None
+        return {
+            "teacher": name or _without_path(getattr(self.teacher, "name_or_path", "") or type(self.teacher).__name__),
+            "temperature": self.args.r2_distillation_temperature,
+            "share": self.args.r2_distillation_share,
+        }
+
+
+def _without_path(name: str) -> str:
+    """Name a model without a path of this machine."""
+    return Path(name).name if os.path.exists(name) else name
