@@ -110,7 +110,8 @@ def main() -> None:
         arguments = copy.deepcopy(training)
         arguments.output_dir = str(directory)
         if arm == "baseline":
-            arguments.r2_mode, arguments.r2_aware, arguments.hub_model_id = "none", None, None
+            arguments.r2_mode = "none"
+            arguments.r2_aware = arguments.r2_teacher = arguments.hub_model_id = None
         trainer = train(recipe, arguments, data, processor)
         if trainer.is_world_process_zero():
             if arguments.r2_aware:
@@ -145,7 +146,9 @@ def main() -> None:
 
 def arm_name(training: R2TrainingArguments) -> str:
     parts = [] if training.r2_mode == "none" or training.r2_strength == 0 else ["R2"]
-    return " + ".join([*parts, training.r2_aware.upper()] if training.r2_aware else parts) or "baseline"
+    parts += [training.r2_aware.upper()] if training.r2_aware else []
+    parts += ["distilled"] if training.r2_teacher else []
+    return " + ".join(parts) or "baseline"
 
 
 def make_processor(recipe: RecipeArguments) -> Any:

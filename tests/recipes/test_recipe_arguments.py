@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from recipe_arguments import parse_recipe
 
+from hf_r2 import R2TrainingArguments
+
 
 @dataclass
 class Toy:
@@ -41,6 +43,16 @@ def test_command_line_wins_over_yaml(parse):
 
 def test_null_keeps_the_default(parse):
     assert parse("name: a\nrate: null").rate == 0.1
+
+
+def test_a_recipe_names_its_teacher(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nr2_teacher: start\nr2_distillation_temperature: 2")
+    training, _ = parse_recipe((R2TrainingArguments,), [str(path), "--r2_distillation_share", "0.9"])
+    distillation = (training.r2_teacher, training.r2_distillation_temperature, training.r2_distillation_share)
+    assert distillation == ("start", 2.0, 0.9)
+    training, _ = parse_recipe((R2TrainingArguments,), [str(path), "--r2_teacher", "float/model"])
+    assert training.r2_teacher == "float/model"
 
 
 @pytest.mark.parametrize("options", [("--nested.bits", "3"), ("--nested.bits=3",)])
