@@ -78,6 +78,7 @@ def _card_facts(manifest: Manifest) -> dict[str, Any]:
         "bits_tag": f"{config['bits']}-bit{_over(config, '-over-')}",
         "method_sentence": _method_sentence(config),
         "r2_sentence": _r2_sentence(train.get("r2")),
+        "distillation": train.get("distillation"),
         "model_class": evaluate.get("model_class"),
         "pipeline_tag": evaluate.get("pipeline_tag"),
         "data": evaluate.get("data"),

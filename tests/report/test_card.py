@@ -95,6 +95,24 @@ def test_card_describes_range_regularization_when_the_float_model_had_it(checkpo
         assert words in render_card(checkpoint).text
 
 
+@pytest.mark.parametrize(
+    ("teacher", "words"),
+    [
+        ("start", "distilled from the float model that its training started from: "),
+        ("me/big", "distilled from `me/big`: "),
+    ],
+)
+def test_card_names_the_teacher_when_there_was_one(checkpoint, teacher, words):
+    assert "istil" not in render_card(checkpoint).text
+    manifest = Manifest.load(checkpoint)
+    manifest.add("train", r2=None, distillation={"teacher": teacher, "temperature": 2.0, "share": 0.9}, seed=0)
+    manifest.save(checkpoint)
+    text = render_card(checkpoint).text
+    assert words + "90 % of the loss is the Kullback-Leibler divergence" in text
+    assert "at temperature 2.0." in text
+    assert "arxiv.org/abs/1503.02531" in text
+
+
 def test_rendering_twice_gives_the_same_file(checkpoint):
     render_card(checkpoint)
     first = (checkpoint / "README.md").read_bytes()
