@@ -32,7 +32,7 @@ class Case:
 
     Args:
         model: a name of `MODELS`.
-        arguments: of the trainer.
+        arguments: of the trainer; the `r2_teacher` "saved" is a teacher that `save_models` has made.
         fsdp2: whether transformers cuts the model; that accelerate does is a matter of the launch.
         trainer: a name of `trainer_run.TRAINERS`.
         estranged: whether all processes but the first start from other weights, which its weights then replace.
@@ -200,9 +200,14 @@ MODELS = {
 
 
 def save_models(directory):
-    """Save them all, so that every training of a model starts from the same weights."""
+    """Save them all, so that every training of a model starts from the same weights; and a teacher for each."""
     for name, model in MODELS.items():
-        model.make().save_pretrained(directory / name)
+        made = model.make()
+        made.save_pretrained(directory / name)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.neg_()
+        made.save_pretrained(directory / f"{name}_teacher")
 
 
 def load_model(name, directory, fsdp2):

@@ -49,7 +49,10 @@ def run_case(case, directory, name):
     others = {"eval_dataset": data}
     if "r2_aware" in case.arguments:
         others["quantization_config"] = R2QuantizationConfig("palette", bits=2, grain="channel")
-    trainer = make_trainer(model, data, directory / name, TRAINERS[case.trainer], others, **case.arguments)
+    arguments = dict(case.arguments)
+    if arguments.get("r2_teacher") == "saved":
+        arguments["r2_teacher"] = str(directory / "models" / f"{case.model}_teacher")
+    trainer = make_trainer(model, data, directory / name, TRAINERS[case.trainer], others, **arguments)
     result = Result(processes=trainer.args.world_size)
     first = whole(learned(trainer))
     if case.train:
