@@ -86,8 +86,8 @@ class Distillation:
             items: number of items that the sum over this micro-batch is divided by; without, its own.
 
         Raises:
-            ValueError: for outputs without logits, logits of another shape than the teacher's, and labels that are not
-                one class per row or token.
+            ValueError: for outputs without logits or gradient, logits of another shape than the teacher's, and labels
+                that are not one class per row or token.
         """
         value = self._mean(outputs, batch, items).to(task_loss.device)
         if scaled and items is None:
@@ -107,6 +107,11 @@ class Distillation:
 
     def _mean(self, outputs: Any, batch: dict[str, Any], items: Tensor | float | None) -> Tensor:
         student = _logits(outputs, "model")
+        if torch.is_grad_enabled() and not student.requires_grad:
+            raise ValueError(
+                "the trainer fuses the loss with the model's head, and its logits carry no gradient to distil by (TRL "
+                "does): use R2Trainer, or a trainer that passes on the outputs that its loss is computed from"
+            )
         counted = self._targets(student, batch).to(student.device) != IGNORED
         teacher = self._teacher_logits(batch).to(student.device)
         if teacher.shape != student.shape:
@@ -151,6 +156,6 @@ def _logits(outputs: Any, owner: str) -> Tensor:
         found = ", ".join(outputs) if isinstance(outputs, dict) else type(outputs).__name__
         raise ValueError(
             f"distillation compares logits, but the {owner} returned none (only {found}): take a model with one head, "
-            "without a fused loss (use_liger_kernel, TRL) and with return_dict"
+            "with return_dict and without use_liger_kernel, which fuses the head with the loss"
         )
     return logits

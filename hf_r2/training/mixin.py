@@ -246,7 +246,7 @@ class R2Mixin:
     ) -> Any:
         """Return the task loss, in training distilled and with this micro-batch's share of the R2 term."""
         distilled = self.distillation is not None and model.training
-        batch = dict(inputs)  # as it is before label smoothing takes the labels out
+        batch = dict(inputs) if distilled else {}  # as it is before label smoothing takes the labels out
         result = super().compute_loss(
             model, inputs, return_outputs=return_outputs or distilled, num_items_in_batch=num_items_in_batch
         )

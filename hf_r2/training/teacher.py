@@ -102,7 +102,7 @@ def place(teacher: nn.Module, device: torch.device, processes: int) -> None:
 
     The others may have none yet (FSDP with `cpu_ram_efficient_loading`), or a copy of weights of their own.
     """
-    if any(parameter.is_meta for parameter in teacher.parameters()):
+    if processes > 1 and any(parameter.is_meta for parameter in teacher.parameters()):
         teacher.to_empty(device=device)
     teacher.to(device).eval()
     if processes > 1:

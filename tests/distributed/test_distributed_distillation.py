@@ -9,8 +9,11 @@ from training_cases import assert_close, assert_same
 pytestmark = pytest.mark.slow
 
 MODELS = ["bert", "gpt2", "llama"]
-TEACHERS = {"start": {"r2_teacher": "start"}, "checkpoint": {"r2_teacher": "saved"}}
-ARGUMENTS = {"r2_strength": 0.1, "r2_distillation_share": 0.7, "r2_distillation_temperature": 2.0, "max_grad_norm": 1.0}
+TEACHERS = {
+    "start": {"r2_teacher": "start", "r2_distillation_share": 0.7},
+    "checkpoint": {"r2_teacher": "saved", "r2_distillation_share": 1.0},
+}
+ARGUMENTS = {"r2_strength": 0.1, "r2_distillation_temperature": 2.0, "max_grad_norm": 1.0}
 SETTINGS = {f"{model}-{teacher}": (model, TEACHERS[teacher]) for model, teacher in itertools.product(MODELS, TEACHERS)}
 BATCHES = {
     "halves": {"per_device_train_batch_size": 4},

@@ -206,7 +206,7 @@ def save_models(directory):
         made.save_pretrained(directory / name)
         with torch.no_grad():
             for parameter in made.parameters():
-                parameter.neg_()
+                parameter.add_(0.2 * torch.randn(parameter.shape))
         made.save_pretrained(directory / f"{name}_teacher")
 
 

@@ -56,6 +56,11 @@ ZERO2 = {"deepspeed_plugin": {"zero_stage": 2, "enable_msamp": False}}
 REFUSED = {
     "zero3": ({"deepspeed_plugin": {"zero_stage": 3}}, {}, "ZeRO-3 .*: use FSDP2 .*fsdp2.yaml.*, or ZeRO-2"),
     "zero3_prox": ({"deepspeed_plugin": {"zero_stage": 3}}, {"r2_mode": "prox"}, "ZeRO-3 .*: use FSDP2"),
+    "zero3_teacher": (
+        {"deepspeed_plugin": {"zero_stage": 3}},
+        {"r2_mode": "none", "r2_teacher": "start"},
+        "ZeRO-3 would cut the teacher as well: use FSDP2 .*, or ZeRO-2",
+    ),
     "zero2_prox": (ZERO2, {"r2_mode": "prox"}, "r2_mode='prox': use r2_mode='loss', or use FSDP2"),
     "zero2_clip": (ZERO2, {"r2_mode": "clip"}, "r2_mode='clip': use r2_mode='loss', or use FSDP2"),
     "zero2_ratio": (ZERO2, LOSSES["ratio"], "r2_strength='auto' looks at: give r2_strength a number, or use FSDP2"),
@@ -100,7 +105,8 @@ def test_optimizers_that_step_in_backward_are_refused_for_losses(make_trainer, o
 def test_other_back_ends_and_optimizers_are_not(plugin, arguments):
     state = SimpleNamespace(**{name: SimpleNamespace(**settings) for name, settings in plugin.items()})
     args = SimpleNamespace(**{"r2_mode": "loss", "optim": "sgd", "r2_strength": 0.01, **arguments})
-    require_supported(SimpleNamespace(args=args, accelerator=SimpleNamespace(state=state), compression=None))
+    accelerator = SimpleNamespace(state=state)
+    require_supported(SimpleNamespace(args=args, accelerator=accelerator, compression=None, teacher=None))
 
 
 @pytest.mark.parametrize("plugin", [{}, ZERO2], ids=["plain", "zero2"])

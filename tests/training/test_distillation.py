@@ -34,6 +34,7 @@ from transformers import (
 
 from hf_r2 import R2QuantizationConfig
 from hf_r2.training.distillation import distillation_loss
+from hf_r2.training.teacher import _tensors, fingerprint, place
 
 PLAIN = {"r2_mode": "none"}
 START = {**PLAIN, "r2_teacher": "start"}
@@ -395,6 +396,25 @@ def test_resuming_with_another_teacher_is_refused(train, make_trainer):
 # --- what is kept ---------------------------------------------------------------------------------------------------
 
 
+def test_a_process_without_weights_makes_room_for_those_of_the_first(monkeypatch):
+    sent = [tensor.clone() for tensor in _tensors(make_gpt2())]
+    received = iter(sent)
+    monkeypatch.setattr("hf_r2.training.teacher.broadcast", lambda tensor: next(received))
+    empty = make_gpt2().to("meta")
+    place(empty, torch.device("cpu"), processes=2)
+    assert_same(snapshot(empty), snapshot(make_gpt2()))
+    assert torch.equal(fingerprint(empty), fingerprint(make_gpt2()))
+
+
+def test_fingerprints_tell_teachers_apart():
+    teachers = [make_bert(), make_bert(), make_gpt2(), make_bert().to(torch.bfloat16)]
+    with torch.no_grad():
+        teachers[1].classifier.bias[0] += 1e-6
+    prints = {bytes(fingerprint(teacher).tolist()) for teacher in teachers}
+    assert len(prints) == 4
+    assert torch.equal(fingerprint(make_bert()), fingerprint(deepcopy(make_bert())))
+
+
 @pytest.mark.parametrize("source", ["path", "start", "given", None])
 def test_the_manifest_names_the_teacher_without_a_path(train, tmp_path, teacher_path, source):
     options = {"r2_teacher": {"path": str(teacher_path), "start": "start"}.get(source)}
@@ -493,6 +513,28 @@ def test_logits_that_do_not_match_are_refused(train):
     ):
         with pytest.raises(ValueError, match=message):
             train(make_bert(), data, trainer_kwargs={"teacher": teacher}, **PLAIN)
+
+
+@pytest.mark.parametrize("size", ["get_tp_size", "get_cp_size", "get_sp_size"])
+def test_parts_of_models_and_sequences_are_refused(make_trainer, monkeypatch, size):
+    trainer = make_trainer(make_bert(), make_data("bert", 8), **START)
+    monkeypatch.setattr(trainer, size, lambda: 2)
+    with pytest.raises(ValueError, match="no tensor, context or sequence parallelism: use DDP, or FSDP2"):
+        trainer.train()
+
+
+def test_several_devices_in_one_process_are_refused(make_trainer):
+    trainer = make_trainer(make_bert(), make_data("bert", 8), **START)
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match="needs a process for each GPU: start with accelerate launch"):
+        trainer.train()
+
+
+def test_a_batch_without_labels_is_refused(make_trainer):
+    trainer = make_trainer(make_bert(), [], **START)
+    outputs = {"logits": torch.zeros(1, 3, requires_grad=True)}
+    with pytest.raises(ValueError, match="needs labels, to know which items count; the batch has input_ids"):
+        trainer.distillation.mix(torch.zeros(()), outputs, {"input_ids": torch.zeros(1, 4)}, 1, scaled=True)
 
 
 def test_tasks_without_classes_are_refused(train):

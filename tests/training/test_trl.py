@@ -89,3 +89,9 @@ def test_without_restriction_it_is_the_plain_trainer_bit_for_bit(tmp_path):
     ours = train("llama", tmp_path / "ours", r2_mode="none")
     assert all(map(torch.equal, snapshot(ours.model).values(), snapshot(plain.model).values()))
     assert not any(key.startswith(("r2_", "crest", "kurtosis")) for log in ours.state.log_history for key in log)
+
+
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`")
+def test_a_teacher_is_refused_where_the_loss_is_fused_with_the_head(tmp_path):
+    with pytest.raises(ValueError, match=r"carry no gradient to distil by .*: use R2Trainer"):
+        train("llama", tmp_path, r2_mode="none", r2_teacher="start")
