@@ -29,10 +29,11 @@ from transformers import (
     BertForTokenClassification,
     T5Config,
     T5ForConditionalGeneration,
+    Trainer,
     TrainerCallback,
 )
 
-from hf_r2 import R2QuantizationConfig
+from hf_r2 import R2Mixin, R2QuantizationConfig, R2Trainer
 from hf_r2.training.distillation import distillation_loss
 from hf_r2.training.teacher import _tensors, fingerprint, place
 
@@ -213,6 +214,39 @@ def test_an_own_loss_function_is_the_task_loss(train):
         assert logged(trainer, "task_loss") == pytest.approx([2 * task], rel=1e-5)
         assert logged(trainer, "distillation_loss") == pytest.approx([distillation], rel=1e-5)
     assert_close(snapshot(cut.model), snapshot(whole.model))
+
+
+class ShareTrainer(Trainer):
+    """A trainer whose loss is divided by the accumulation steps already, and which says so."""
+
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            loss = loss / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+
+class R2ShareTrainer(R2Mixin, ShareTrainer):
+    """The same with distillation."""
+
+
+def test_it_weighs_as_a_loss_that_is_divided_already(train):
+    data, kwargs = make_data("bert", 64), {"teacher": make_teacher("bert")}
+    trainers = []
+    for trainer_class, settings in (
+        (R2Trainer, {"per_device_train_batch_size": 32}),
+        (R2ShareTrainer, {"gradient_accumulation_steps": 4}),
+    ):
+        model = make_bert()
+        model.accepts_loss_kwargs = False  # so that no items are counted
+        options = {"r2_distillation_share": 0.5, **PLAIN, **settings}
+        trainers.append(train(model, data, trainer_class, kwargs, **options))
+    whole, cut = trainers
+    assert_close(snapshot(cut.model), snapshot(whole.model))
+    for key in ("loss", "task_loss", "distillation_loss"):
+        assert logged(cut, key) == pytest.approx(logged(whole, key), abs=1e-5)
 
 
 def test_token_classification_counts_the_labelled_tokens_unshifted(train):
