@@ -61,10 +61,11 @@ def inspect(
 def quantize(
     model: ModelPath,
     output: Annotated[Path, typer.Argument(help="Directory of the compressed checkpoint.")],
-    method: Annotated[str, typer.Option(help="Codec: uniform or palette.")] = "uniform",
+    method: Annotated[str, typer.Option(help="Codec: uniform, palette or least_squares.")] = "uniform",
     bits: Annotated[int, typer.Option(help="Bits of a code, 1–8.")] = 4,
     grain: Annotated[str, typer.Option(help="'tensor', 'channel' or a group size.")] = "channel",
     cluster_dim: Annotated[int | None, typer.Option(help="palette: elements that share a code, 1–64.")] = None,
+    basis: Annotated[str | None, typer.Option(help="least_squares: optimal, greedy or ternary.")] = None,
 ) -> None:
     """Compress a float checkpoint and write its model card.
 
@@ -74,7 +75,7 @@ def quantize(
     from hf_r2.report import render_card
 
     with _clear_errors():
-        config = R2QuantizationConfig(method=method, bits=bits, grain=grain, cluster_dim=cluster_dim)
+        config = R2QuantizationConfig(method=method, bits=bits, grain=grain, cluster_dim=cluster_dim, basis=basis)
         R2Quantizer.from_pretrained(model).quantize(output, config)
         render_card(output)
     typer.echo(f"{output} holds the compressed checkpoint and its card")

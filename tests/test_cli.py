@@ -47,11 +47,21 @@ def test_quantize_makes_palettes_of_vectors(checkpoint, tmp_path):
     assert {encoded.settings.cluster_dim for encoded in model.hf_quantizer.encoded.values()} == {4}
 
 
+def test_quantize_makes_ternary_weights(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    options = ["--method", "least_squares", "--bits", "2", "--basis", "ternary"]
+    result = run(app, ["quantize", str(checkpoint), str(out), *options])
+    assert result.exit_code == 0, result.output
+    model = AutoModelForImageClassification.from_pretrained(out)
+    assert {encoded.settings.basis for encoded in model.hf_quantizer.encoded.values()} == {"ternary"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["quantize", "{model}", "{out}", "--bits", "1"], "bits=1"),
         (["quantize", "{model}", "{out}", "--cluster-dim", "2"], "'cluster_dim' is an option of method 'palette'"),
+        (["quantize", "{model}", "{out}", "--method", "least_squares", "--basis", "ternary"], "set bits=2"),
         (["quantize", "{model}", "{out}", "--method", "pallete"], "unknown method 'pallete'"),
         (["inspect", "{out}/missing"], "error: "),
         (["card", "{out}"], "has no manifest"),

@@ -7,12 +7,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_r2.codecs import palette, uniform
+from hf_r2.codecs import least_squares, palette, uniform
 from hf_r2.codecs.bitpack import pack, unpack
 from hf_r2.codecs.settings import METHODS, CodecSettings
 from hf_r2.grain import Grain
 
-CODECS: dict[str, ModuleType] = dict(zip(METHODS, (uniform, palette), strict=True))
+CODECS: dict[str, ModuleType] = dict(zip(METHODS, (uniform, palette, least_squares), strict=True))
 
 
 class SettingsByName(Protocol):
@@ -28,7 +28,7 @@ class Encoded:
 
     Args:
         codes: packed codes, uint8, flat (see `hf_r2.codecs.bitpack`).
-        codebook: tensors of the codec by name: `scale` and `zero` (uniform), `lut` (palette).
+        codebook: tensors of the codec by name: `scale` and `zero` (uniform), `lut` (palette), `basis` (least_squares).
         shape: shape of the weight, output channels first.
         dtype: dtype of the weight.
         settings: the codec's settings.

@@ -4,10 +4,17 @@ from dataclasses import asdict, dataclass
 
 from hf_r2.grain import Grain, parse_grain
 
-METHODS = ("uniform", "palette")
+METHODS = ("uniform", "palette", "least_squares")
 GRIDS = ("restricted", "full", "midrise")
 RANGES = ("min_max", "mse")
-_OPTIONS = {"symmetric": "uniform", "grid": "uniform", "range": "uniform", "cluster_dim": "palette"}
+BASES = ("optimal", "greedy", "ternary")
+_OPTIONS = {
+    "symmetric": "uniform",
+    "grid": "uniform",
+    "range": "uniform",
+    "cluster_dim": "palette",
+    "basis": "least_squares",
+}
 
 
 @dataclass(frozen=True)
@@ -15,15 +22,17 @@ class CodecSettings:
     """Settings of one weight's codec, checked and complete.
 
     Args:
-        method: `"uniform"` or `"palette"`.
-        bits: bits of a code: 2–8 for uniform, 1–8 for palette.
-        grain: which elements share a scale or a look-up table.
+        method: `"uniform"`, `"palette"` or `"least_squares"`.
+        bits: bits of a code: 2–8 for uniform, 1–8 for palette and least_squares.
+        grain: which elements share a scale, a look-up table or a binary basis.
         symmetric: uniform only: levels on both sides of zero (the default), or an affine grid with a zero point.
         grid: symmetric uniform only: `"restricted"` (the default; 2 bits are {−1, 0, 1}·max|W|), `"full"` (one more
             level on the negative side) or `"midrise"` (2^bits levels, none of them zero).
         range: uniform only: `"min_max"` (the default) or `"mse"`, the range of least squared error.
         cluster_dim: palette only: elements that share a code, 1 (the default) to 64. The entries of a look-up table
             are vectors of so many values, and b bits of code make b / cluster_dim bits per weight.
+        basis: least_squares only: `"optimal"` (the default; exact for 1 and 2 bits, refined from greedy beyond),
+            `"greedy"`, or `"ternary"` (2 bits; levels −2v, 0 and 2v).
 
     Raises:
         ValueError: for a value outside these, and for an option that the method does not have.
@@ -36,6 +45,7 @@ class CodecSettings:
     grid: str | None = None
     range: str | None = None
     cluster_dim: int | None = None
+    basis: str | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -50,8 +60,10 @@ class CodecSettings:
                 raise ValueError(f"{option!r} is an option of method {method!r}; remove it for {self.method!r}")
         if self.method == "uniform":
             self._complete_uniform()
-        else:
+        elif self.method == "palette":
             self._complete_palette()
+        else:
+            self._complete_least_squares()
 
     def _complete_uniform(self) -> None:
         if self.symmetric is None:
@@ -75,6 +87,14 @@ class CodecSettings:
         whole = isinstance(self.cluster_dim, int) and not isinstance(self.cluster_dim, bool)
         if not whole or not 1 <= self.cluster_dim <= 64:
             raise ValueError(f"cluster_dim={self.cluster_dim!r} is not a whole number from 1 to 64")
+
+    def _complete_least_squares(self) -> None:
+        if self.basis is None:
+            object.__setattr__(self, "basis", "optimal")
+        if self.basis not in BASES:
+            raise ValueError(f"unknown basis {self.basis!r}: use one of {', '.join(BASES)}")
+        if self.basis == "ternary" and self.bits != 2:
+            raise ValueError(f"basis='ternary' has three levels, in codes of 2 bits: set bits=2, not {self.bits}")
 
     def to_dict(self) -> dict[str, str | int | bool]:
         """Return the settings that the method has, as JSON holds them; a `cluster_dim` of 1 goes without saying."""

@@ -22,13 +22,14 @@ class R2QuantizationConfig(QuantizationConfigMixin):
     """How the weights of a model are compressed.
 
     Args:
-        method: codec: `"uniform"` or `"palette"`.
+        method: codec: `"uniform"`, `"palette"` or `"least_squares"`.
         bits: bits of a code, 1–8 (uniform: 2–8).
-        grain: `"tensor"`, `"channel"` or a group size: what shares a scale or a look-up table.
+        grain: `"tensor"`, `"channel"` or a group size: what shares a scale, a look-up table or a basis.
         symmetric: see [`CodecSettings`].
         grid: see [`CodecSettings`].
         range: see [`CodecSettings`].
         cluster_dim: see [`CodecSettings`].
+        basis: see [`CodecSettings`].
         overrides: settings by parameter name or shell pattern: `{"classifier.*": {"bits": 8}}`, or the same as a list
             of pairs. Later ones win; one that changes the method leaves the other method's options behind.
         include: patterns of the weights to compress, see [`select_weights`]; every Linear and Conv without.
@@ -56,6 +57,7 @@ class R2QuantizationConfig(QuantizationConfigMixin):
         grid: str | None = None,
         range: str | None = None,
         cluster_dim: int | None = None,
+        basis: str | None = None,
         overrides: Mapping[str, Mapping[str, Any]] | Sequence[tuple[str, Mapping[str, Any]]] | None = None,
         include: Sequence[str] | None = None,
         skip: Sequence[str] | None = None,
@@ -77,7 +79,7 @@ class R2QuantizationConfig(QuantizationConfigMixin):
         known = (*_CODEC_OPTIONS, "overrides", "include", "skip", "min_numel", "aware", "aware_options", "refine")
         _refuse_unknown(unknown, known, "R2QuantizationConfig")
         self.quant_method = QUANT_METHOD
-        base = CodecSettings(method, bits, grain, symmetric, grid, range, cluster_dim)
+        base = CodecSettings(method, bits, grain, symmetric, grid, range, cluster_dim, basis)
         for option in _CODEC_OPTIONS:
             setattr(self, option, getattr(base, option))
         self.overrides = _pairs(overrides)

@@ -15,6 +15,7 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 METHOD_SENTENCES = {
     "uniform": "uniform quantization, whose levels are equally spaced",
     "palette": "palettes: look-up tables found by optimal one-dimensional k-means",
+    "least_squares": "least-squares binary quantization, whose levels are the signed sums of {bits} scales",
 }
 VECTOR_SENTENCE = (
     "palettes of vectors: look-up tables found by k-means, whose {bits}-bit codes each name {cluster_dim} weights"
@@ -154,13 +155,20 @@ def _over(codec: dict[str, Any], separator: str = "") -> str:
     return f"{separator}{codec['cluster_dim']}" if codec.get("cluster_dim", 1) > 1 else ""
 
 
+def _kind_of_basis(codec: dict[str, Any]) -> str:
+    """Name the kind of a binary basis that is not the optimum; nothing for other codecs."""
+    return f" {codec['basis']}" if codec.get("basis", "optimal") != "optimal" else ""
+
+
 def _weight_table(weights: list[dict[str, Any]]) -> str:
     header = ("weight", "shape", "codec", "bits per weight", "crest factor", "kurtosis", "SQNR (dB)")
     rows = [
         (
             f"`{weight['name']}`",
             "×".join(map(str, weight["shape"])),
-            "{method} {bits}-bit{over}, {grain}".format(**weight["codec"], over=_over(weight["codec"], " over ")),
+            "{method} {bits}-bit{over}{kind}, {grain}".format(
+                **weight["codec"], over=_over(weight["codec"], " over "), kind=_kind_of_basis(weight["codec"])
+            ),
             f"{weight['bits_per_weight']:.2f}",
             f"{weight['crest_factor']:.2f}",
             f"{weight['kurtosis']:.2f}",

@@ -29,11 +29,17 @@ SETTINGS = [
     CodecSettings("palette", 3, 7, cluster_dim=3),
     CodecSettings("palette", 4, "tensor", cluster_dim=4),
     CodecSettings("palette", 8, 5, cluster_dim=64),
+    CodecSettings("least_squares", 1, "tensor"),
+    CodecSettings("least_squares", 2),
+    CodecSettings("least_squares", 4, 7),
+    CodecSettings("least_squares", 8, "tensor"),
+    CodecSettings("least_squares", 3, "channel", basis="greedy"),
+    CodecSettings("least_squares", 2, 5, basis="ternary"),
 ]
 
 
 def settings_id(settings):
-    return f"{settings.method}-{settings.bits}-{settings.grain}-{settings.cluster_dim}"
+    return f"{settings.method}-{settings.bits}-{settings.grain}-{settings.cluster_dim or settings.basis}"
 
 
 def make_weight(shape, dtype=torch.float32, seed=0):
@@ -111,6 +117,9 @@ def test_encoding_a_decoded_sparse_weight_again_changes_nothing(bits, n):
         (CodecSettings("palette", 4, "tensor", cluster_dim=4), (64, 64), 1 + 16 * 4 * 32 / 4096),
         (CodecSettings("palette", 8, "tensor", cluster_dim=8), (64, 64), 1 + 256 * 8 * 32 / 4096),
         (CodecSettings("palette", 2, 64, cluster_dim=2), (8, 128), 1 + 4 * 2 * 32 / 64),
+        (CodecSettings("least_squares", 1, "channel"), (16, 128), 1 + 32 / 128),
+        (CodecSettings("least_squares", 3, 64), (8, 128), 3 + 3 * 32 / 64),
+        (CodecSettings("least_squares", 2, "tensor", basis="ternary"), (32, 32), 2 + 2 * 32 / 1024),
         # 5 codes for the 14 elements of a channel; 4 codes for a run of 10 and 3 for a run of 8, 28 bits in 4 bytes
         (CodecSettings("palette", 4, "channel", cluster_dim=3), (8, 14), (5 * 4 + 16 * 3 * 32) / 14),
         (CodecSettings("palette", 1, 10, cluster_dim=3), (4, 18), (8 * 4 + 8 * 2 * 3 * 32) / 72),
@@ -123,7 +132,9 @@ def test_bits_per_weight_count_codes_scales_zero_points_and_tables(settings, sha
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("settings", [CodecSettings(), CodecSettings("palette")], ids=METHODS)
+@pytest.mark.parametrize(
+    "settings", [CodecSettings(), CodecSettings("palette"), CodecSettings("least_squares")], ids=METHODS
+)
 def test_a_weight_that_is_not_finite_is_refused_by_name(settings, bad):
     weight = make_weight((4, 6))
     weight[2, 3] = bad
@@ -133,7 +144,9 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(settings, bad):
         encode(weight, settings)
 
 
-@pytest.mark.parametrize("settings", [CodecSettings(), CodecSettings("palette")], ids=METHODS)
+@pytest.mark.parametrize(
+    "settings", [CodecSettings(), CodecSettings("palette"), CodecSettings("least_squares")], ids=METHODS
+)
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0,)])
 def test_a_weight_without_elements_is_refused(settings, shape):
     with pytest.raises(ValueError, match="no elements; exclude it"):
@@ -152,6 +165,7 @@ def test_channels_of_a_vector_are_refused(grain):
         CodecSettings(grain="tensor"),
         CodecSettings("palette", grain="tensor"),
         CodecSettings("palette", grain="tensor", cluster_dim=2),
+        CodecSettings("least_squares", grain="tensor"),
     ],
 )
 def test_a_vector_is_one_tensor_group(settings):
@@ -167,7 +181,14 @@ def test_encoding_neither_changes_the_weight_nor_follows_its_gradient():
     assert not decode(encoded).requires_grad
 
 
-@pytest.mark.parametrize("settings", [CodecSettings("uniform", 3, 5), CodecSettings("palette", 3, 5, cluster_dim=2)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        CodecSettings("uniform", 3, 5),
+        CodecSettings("palette", 3, 5, cluster_dim=2),
+        CodecSettings("least_squares", 3, 5),
+    ],
+)
 def test_memory_layout_does_not_matter(settings):
     weight = make_weight((6, 4, 3, 3))
     expected = decode(encode(weight, settings))

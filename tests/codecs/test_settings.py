@@ -12,6 +12,9 @@ COMPLETE = [
     ({"method": "palette"}, {"cluster_dim": 1}),
     ({"method": "palette", "cluster_dim": 64, "bits": 8}, {"cluster_dim": 64, "symmetric": None, "range": None}),
     ({"method": "uniform"}, {"cluster_dim": None}),
+    ({"method": "least_squares"}, {"basis": "optimal", "bits": 4, "symmetric": None, "cluster_dim": None}),
+    ({"method": "least_squares", "basis": "ternary", "bits": 2}, {"basis": "ternary"}),
+    ({"method": "palette", "bits": 2}, {"basis": None}),
     ({"grain": "64"}, {"grain": 64}),
     ({"grain": "tensor", "bits": 8}, {"grain": "tensor", "bits": 8}),
 ]
@@ -68,6 +71,15 @@ def test_a_palette_of_single_values_is_written_as_it_was_before_there_were_vecto
         ({"grid": "full", "symmetric": False}, "grid='full' needs symmetric=True"),
         ({"range": "max"}, "unknown range 'max': use one of min_max, mse"),
         *(
+            ({"method": "least_squares", "bits": bits}, f"bits={bits} is not a whole number from 1 to 8")
+            for bits in (0, 9, -1)
+        ),
+        ({"method": "least_squares", "basis": "best"}, "unknown basis 'best': use one of optimal, greedy, ternary"),
+        *(
+            ({"method": "least_squares", "basis": "ternary", "bits": bits}, f"three levels.*set bits=2, not {bits}")
+            for bits in (1, 3, 8)
+        ),
+        *(
             ({"method": "palette", "cluster_dim": value}, rf"cluster_dim={value!r} is not a whole number from 1 to 64")
             for value in (0, -1, 65, 2.0, "2", True)
         ),
@@ -83,6 +95,17 @@ def test_a_bad_value_is_refused_with_what_is_allowed(given, message):
 def test_an_option_of_another_method_is_refused(option, value):
     with pytest.raises(ValueError, match=f"'{option}' is an option of method 'uniform'; remove it for 'palette'"):
         CodecSettings(method="palette", **{option: value})
+
+
+@pytest.mark.parametrize("method", ["uniform", "palette"])
+def test_a_basis_is_refused_outside_least_squares(method):
+    with pytest.raises(ValueError, match=f"'basis' is an option of method 'least_squares'; remove it for '{method}'"):
+        CodecSettings(method, basis="optimal")
+
+
+def test_a_basis_is_always_written():
+    settings = CodecSettings("least_squares", 2, 16)
+    assert settings.to_dict() == {"method": "least_squares", "bits": 2, "grain": 16, "basis": "optimal"}
 
 
 @pytest.mark.parametrize("value", [1, 2, 0])

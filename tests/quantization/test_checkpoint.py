@@ -23,7 +23,7 @@ from transformers import AutoModelForAudioClassification, AutoModelForImageClass
 
 from hf_r2 import R2QuantizationConfig, R2Quantizer, decode, encode
 from hf_r2.codecs import METHODS, CodecSettings
-from hf_r2.codecs.settings import GRIDS, RANGES
+from hf_r2.codecs.settings import BASES, GRIDS, RANGES
 from hf_r2.quantization import compress
 
 INCLUDE_ALL = {"method": "palette", "bits": 2, "include": ["*"]}
@@ -67,6 +67,7 @@ def test_every_codec_and_grid_has_a_row_in_these_tests():
     assert {row.grid for row in rows if row.symmetric} == set(GRIDS)
     assert {row.range for row in rows if row.method == "uniform"} == set(RANGES)
     assert {row.symmetric for row in rows if row.method == "uniform"} == {True, False}
+    assert {row.basis for row in rows if row.method == "least_squares"} == set(BASES)
     assert {row.cluster_dim > 1 for row in rows if row.method == "palette"} == {True, False}
 
 

@@ -29,6 +29,8 @@ ROUND_TRIPS = [
     {"method": "palette", "overrides": {"*.mlp.*": {"method": "uniform", "symmetric": False}}},
     {"method": "palette", "cluster_dim": 4, "overrides": {"*.mlp.*": {"cluster_dim": 2}, "c*": {"cluster_dim": 1}}},
     {"overrides": {"*.mlp.*": {"method": "palette", "cluster_dim": 64}, "*.1.*": {"bits": 8}}},
+    {"method": "least_squares", "bits": 2, "basis": "ternary", "overrides": {"c*": {"basis": "greedy", "bits": 5}}},
+    {"overrides": {"*.mlp.*": {"method": "least_squares", "bits": 1}, "*.1.*": {"grain": 16}}},
 ]
 
 
@@ -138,6 +140,16 @@ def test_a_pattern_listed_twice_applies_both_times():
         ({"symmetric": False}, {"method": "palette", "bits": 1}, CodecSettings("palette", 1)),
         ({"method": "palette", "bits": 2}, {"method": "uniform"}, CodecSettings("uniform", 2)),
         (
+            {"method": "least_squares", "bits": 2, "basis": "ternary"},
+            {"method": "palette"},
+            CodecSettings("palette", 2),
+        ),
+        (
+            {"method": "least_squares", "basis": "greedy"},
+            {"bits": 7},
+            CodecSettings("least_squares", 7, basis="greedy"),
+        ),
+        (
             {"method": "palette", "bits": 1, "grain": 8},
             {"method": "uniform", "bits": 8, "grid": "midrise"},
             CodecSettings("uniform", 8, 8, grid="midrise"),
@@ -189,6 +201,8 @@ def test_an_override_turns_affine_on_and_off():
         ({"method": "palette", "grid": "full"}, "'grid' is an option of method 'uniform'; remove it for 'palette'"),
         ({"method": "palette", "symmetric": True}, "'symmetric' is an option of method 'uniform'"),
         ({"method": "palette", "range": "mse"}, "'range' is an option of method 'uniform'"),
+        ({"basis": "greedy"}, "'basis' is an option of method 'least_squares'; remove it for 'uniform'"),
+        ({"method": "least_squares", "basis": "ternary"}, "basis='ternary' .* set bits=2, not 4"),
         ({"cluster_dim": 2}, "'cluster_dim' is an option of method 'palette'; remove it for 'uniform'"),
         ({"method": "palette", "cluster_dim": 0}, "cluster_dim=0 is not a whole number from 1 to 64"),
         ({"overrides": {"a": {"cluster_dim": 2}}}, "'cluster_dim' is an option of method 'palette'"),

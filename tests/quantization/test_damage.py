@@ -327,6 +327,7 @@ def test_the_edited_weights_have_the_settings_that_the_tests_below_change():
         {"grain": "channel"},
         {"grain": 7},
         {"method": "palette"},
+        {"method": "least_squares"},
         {"symmetric": False},
         {"grid": "midrise"},
     ],
@@ -358,6 +359,25 @@ def test_a_config_that_asks_for_other_vectors_is_refused(vectors, options):
 def test_a_config_that_lost_its_vectors_is_refused(vectors):
     vectors.edit_config(lambda config: config.pop("cluster_dim"))
     vectors.refused(match=f"{ADVICE}|do not belong together")
+
+
+@pytest.mark.parametrize(
+    "options", [{"basis": "greedy"}, {"basis": "ternary"}, {"bits": 1}, {"grain": 7}, {"method": "palette"}], ids=str
+)
+def test_a_config_that_asks_for_another_basis_is_refused(compressed_checkpoint, tmp_path, options):
+    source = compressed_checkpoint("resnet", method="least_squares", bits=2, grain=10)
+    checkpoint = Checkpoint(Path(shutil.copytree(source, tmp_path / "checkpoint")))
+    checkpoint.edit_config(
+        lambda config: (config.pop("basis") if "method" in options else None, config.update(options))
+    )
+    checkpoint.refused(match=f"{ADVICE}|do not belong together")
+
+
+def test_scales_that_were_changed_are_refused(compressed_checkpoint, tmp_path):
+    source = compressed_checkpoint("resnet", method="least_squares", bits=2, grain=10)
+    checkpoint = Checkpoint(Path(shutil.copytree(source, tmp_path / "checkpoint")))
+    checkpoint.edit_tensors(lambda tensors: tensors[f"{CLASSIFIER}_basis"].mul_(1.0001))
+    checkpoint.refused()
 
 
 def test_vectors_that_have_equally_many_codes_are_told_apart(compressed_checkpoint, tmp_path):

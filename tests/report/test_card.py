@@ -45,6 +45,20 @@ def test_card_of_an_unevaluated_checkpoint_claims_no_accuracy(checkpoint):
     assert ModelCard.load(checkpoint / "README.md").text == card.text
 
 
+def test_card_names_a_binary_basis(checkpoint):
+    out = checkpoint.with_name("binary")
+    config = R2QuantizationConfig(
+        "least_squares", bits=2, basis="ternary", overrides={"classifier.*": {"basis": "optimal", "bits": 3}}
+    )
+    R2Quantizer.from_pretrained(checkpoint.with_name("toy")).quantize(out, config)
+    card = render_card(out)
+    assert "2-bit weights by least-squares binary quantization, whose levels are the signed sums of 2" in card.text
+    assert "| least_squares 2-bit ternary, channel" in card.text
+    assert "| least_squares 3-bit, channel" in card.text
+    assert "2001.02786" in card.text
+    assert "1701.07204" not in card.text
+
+
 def test_card_says_over_how_many_weights_a_code_of_vectors_reaches(checkpoint):
     assert "| palette 3-bit, tensor" in render_card(checkpoint).text
     assert "over" not in " ".join(render_card(checkpoint).data.tags)
