@@ -197,7 +197,7 @@ def _refined(block: Tensor, start: Tensor) -> Tensor:
 def _refined_on_bins(block: Tensor, start: Tensor) -> Tensor:
     """Refine the scales of one long group, taking its histogram for it; the better of both on its own elements."""
     bins = magnitude_bins(block[0])
-    refined = _alternate(bins.edges()[None, :-1], bins.count[None], bins.first[None], start[None])
+    refined = _alternate(bins.edges[None, :-1], bins.count[None], bins.first[None], start[None])
     candidates = torch.stack([start, refined[0]])
     return candidates[torch.stack([_error(block, basis[None]) for basis in candidates]).argmin()][None]
 

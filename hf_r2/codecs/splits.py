@@ -24,11 +24,12 @@ LONG = 1 << 17
 """Rows from this length on are split by a histogram, on a CPU; it has nothing to gain on shorter ones."""
 
 _SORTED = 1 << 15  # elements of rows sorted at a time: their float64 sums stay in the cache
-_CHUNK = 1 << 17  # elements of a long row handled at a time
-_MANTISSA = 9  # bins are 2^9 to an octave of magnitudes …
-_OCTAVES = 32  # … down to 2^-32 of the largest; what is smaller shares the lowest bin
+_CHUNK = 1 << 16  # elements of a long row handled at a time
+_MANTISSA = 7  # bins are 2^7 to an octave of magnitudes …
+_OCTAVES = 64  # … down to 2^-64 of the largest, which anything smaller counts as
 _SHIFT = 23 - _MANTISSA
 _BINS = _OCTAVES << _MANTISSA
+_ONE = 2.0 ** (_SHIFT + 17)  # above the sum of the last _SHIFT bits of a chunk's elements
 
 Gain = Callable[[Tensor, Tensor, int, Tensor], Tensor]
 """Of elements below the cut, their sum, all elements and their sum; up to a constant that the cut does not change."""
@@ -46,24 +47,16 @@ class Bins(NamedTuple):
     """A histogram of the magnitudes of a row, with the exact sum of every bin.
 
     Args:
-        lowest: where the second bin begins, less the width of one, as bits of a float32 number.
+        lowest: bits of the float32 number where the first bin begins.
+        edges: float64 `(bins + 1,)`: where the bins begin and the last one ends.
         count: float64 `(bins + 1,)`: elements below each edge.
         first: float64 `(bins + 1,)`: their sum.
     """
 
     lowest: int
+    edges: Tensor
     count: Tensor
     first: Tensor
-
-    def edge_bits(self) -> Tensor:
-        """Return where the bins begin, the first one at 0, and the last one ends: int32 `(bins + 1,)`."""
-        bits = torch.arange(_BINS + 1, dtype=torch.int32).mul_(1 << _SHIFT).add_(self.lowest)
-        bits[0] = 0
-        return bits
-
-    def edges(self) -> Tensor:
-        """Return the same as magnitudes, float64; beyond the largest float32 number lies 2^128."""
-        return self.edge_bits().view(torch.float32).double().nan_to_num_(posinf=2.0**128)
 
 
 def two_level_gain(count: Tensor, first: Tensor, n: int, total: Tensor) -> Tensor:
@@ -111,21 +104,29 @@ def magnitude_bins(row: Tensor) -> Bins:
     """Count and sum the magnitudes of a row `(n,)`, float32 on a CPU, by bins of equal width in each octave.
 
     The bits of a float32 number, read as an integer, ascend with its magnitude: its exponent and the first bits of its
-    mantissa name the bin, which no outlier widens and no rounding blurs.
+    mantissa name the bin, which no outlier widens and no rounding blurs. Magnitudes below 2^-64 of the largest count as
+    that much, which no float32 result can tell.
+
+    In a bin a magnitude is the lower edge and a multiple of one unit, by its last bits. So one float64 number holds
+    both the count of a bin and the sum of its multiples, exactly, and one pass adds up both.
     """
     values = as_array(row)
-    low, high = row.aminmax()
-    largest = np.float32(max(-low.item(), high.item()))
-    offset = max((int(largest.view(np.int32)) >> _SHIFT) - _BINS + 1, 0)
-    count, total = np.zeros((2, _BINS))
+    smallest, largest = row.aminmax()
+    top = int(_magnitude_bits(torch.maximum(-smallest, largest).numpy())) >> _SHIFT
+    lowest = max(top - _BINS + 1, 0) << _SHIFT
+    count, multiples = np.zeros((2, _BINS))
     for start in range(0, len(values), _CHUNK):
-        bits = _magnitude_bits(values[start : start + _CHUNK])
-        magnitudes = bits.view(np.float32)
-        index = np.maximum((bits >> _SHIFT) - offset, 0).astype(np.intp)
-        count += np.bincount(index, minlength=_BINS)
-        total += np.bincount(index, weights=magnitudes, minlength=_BINS)
-    sums = prefix_sums(torch.from_numpy(np.stack([count, total])))
-    return Bins(offset << _SHIFT, *sums)
+        bits = np.maximum(_magnitude_bits(values[start : start + _CHUNK]), lowest)
+        index = ((bits - lowest) >> _SHIFT).astype(np.intp)
+        bits &= (1 << _SHIFT) - 1
+        both = np.bincount(index, bits + _ONE, minlength=_BINS)
+        found = np.floor(both / _ONE)
+        count += found
+        multiples += both - found * _ONE
+    bits = torch.arange(_BINS + 1, dtype=torch.int32).mul_(1 << _SHIFT).add_(lowest)
+    edges = bits.view(torch.float32).double().nan_to_num_(posinf=2.0**128)  # beyond the largest number lies infinity
+    total = count * edges[:-1].numpy() + multiples * edges.diff().numpy() / 2**_SHIFT
+    return Bins(lowest, edges, *prefix_sums(torch.from_numpy(np.stack([count, total]))))
 
 
 def _magnitude_bits(values: np.ndarray) -> np.ndarray:
@@ -154,14 +155,15 @@ def _split_by_bins(row: Tensor, gain: Gain) -> Split:
     total = bins.first[-1]
     ends = gain(bins.count[:-1], bins.first[:-1], n, total)
     best = int(ends.argmax())
-    edges, size, inside = bins.edges(), bins.count.diff(), bins.first.diff()
+    edges, size, inside = bins.edges, bins.count.diff(), bins.first.diff()
     at_low = ((edges[1:] * size - inside) / (edges[1:] - edges[:-1])).clamp_min_(0)
     corners = gain(bins.count[:-1] + at_low, bins.first[:-1] + edges[:-1] * at_low, n, total)
     found = bins.count[best], bins.first[best]
     doubtful = ((corners > ends[best]) & (size > 0)).nonzero()[:, 0]
     if len(doubtful):
         start, stop = int(doubtful[0]), int(doubtful[-1]) + 1
-        inner = prefix_sums(_between(row, *bins.edge_bits()[[start, stop]].tolist())[None])[0] + bins.first[start]
+        low, high = (bins.lowest + (index << _SHIFT) for index in (start, stop))
+        inner = prefix_sums(_between(row, low if start else 0, high)[None])[0] + bins.first[start]
         count = bins.count[start] + torch.arange(len(inner), dtype=torch.float64)
         gains = gain(count[:-1], inner[:-1], n, total)
         if gains.max() > ends[best]:
