@@ -112,25 +112,22 @@ def magnitude_bins(row: Tensor) -> Bins:
     """
     values = as_array(row)
     smallest, largest = row.aminmax()
-    top = int(_magnitude_bits(torch.maximum(-smallest, largest).numpy())) >> _SHIFT
+    top = int(torch.maximum(-smallest, largest).view(torch.int32)) >> _SHIFT
     lowest = max(top - _BINS + 1, 0) << _SHIFT
+    edges = torch.arange(_BINS + 1, dtype=torch.int32).mul_(1 << _SHIFT).add_(lowest).view(torch.float32)
+    floor = np.float32(edges[0].item())
     count, multiples = np.zeros((2, _BINS))
     for start in range(0, len(values), _CHUNK):
-        bits = np.maximum(_magnitude_bits(values[start : start + _CHUNK]), lowest)
-        index = ((bits - lowest) >> _SHIFT).astype(np.intp)
-        bits &= (1 << _SHIFT) - 1
-        both = np.bincount(index, bits + _ONE, minlength=_BINS)
+        above = np.maximum(np.abs(values[start : start + _CHUNK]), floor).view(np.int32) - lowest
+        index = (above >> _SHIFT).astype(np.intp)
+        above &= (1 << _SHIFT) - 1
+        both = np.bincount(index, above + _ONE, minlength=_BINS)
         found = np.floor(both / _ONE)
         count += found
         multiples += both - found * _ONE
-    bits = torch.arange(_BINS + 1, dtype=torch.int32).mul_(1 << _SHIFT).add_(lowest)
-    edges = bits.view(torch.float32).double().nan_to_num_(posinf=2.0**128)  # beyond the largest number lies infinity
+    edges = edges.double().nan_to_num_(posinf=2.0**128)  # the largest number's bin ends at infinity
     total = count * edges[:-1].numpy() + multiples * edges.diff().numpy() / 2**_SHIFT
     return Bins(lowest, edges, *prefix_sums(torch.from_numpy(np.stack([count, total]))))
-
-
-def _magnitude_bits(values: np.ndarray) -> np.ndarray:
-    return values.view(np.int32) & 0x7FFFFFFF
 
 
 def _split_sorted(ordered: Tensor, gain: Gain) -> Split:
@@ -175,7 +172,7 @@ def _between(row: Tensor, start: int, stop: int) -> Tensor:
     """Sort the magnitudes of a row whose bits, as an integer, are from start up to, but without, stop."""
     values, found = as_array(row), []
     for begin in range(0, len(values), _CHUNK):
-        bits = _magnitude_bits(values[begin : begin + _CHUNK])
+        bits = values[begin : begin + _CHUNK].view(np.int32) & 0x7FFFFFFF  # without the sign
         # As unsigned numbers those below the start are large, and one comparison tells both ends
         found.append(bits[(bits - np.int32(start)).view(np.uint32) < stop - start])
     return torch.from_numpy(np.sort(np.concatenate(found)).view(np.float32))

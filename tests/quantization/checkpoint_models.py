@@ -44,16 +44,16 @@ class Family:
 
 CODECS: dict[str, dict[str, Any]] = {
     "restricted": {"method": "uniform", "bits": 2},
-    "full": {"method": "uniform", "bits": 3, "grid": "full"},
+    "least_squares": {"method": "least_squares", "bits": 3},
     "midrise": {"method": "uniform", "bits": 2, "grid": "midrise"},
     "affine": {"method": "uniform", "bits": 4, "symmetric": False},
     "palette": {"method": "palette", "bits": 3},
     "vectors": {"method": "palette", "bits": 4, "cluster_dim": 3},
-    "least_squares": {"method": "least_squares", "bits": 3},
+    "searched_range": {"method": "uniform", "bits": 5, "range": "mse"},
+    "full": {"method": "uniform", "bits": 3, "grid": "full"},
     "two_scales": {"method": "least_squares", "bits": 2},
     "greedy": {"method": "least_squares", "bits": 3, "basis": "greedy"},
     "ternary": {"method": "least_squares", "bits": 2, "basis": "ternary"},
-    "searched_range": {"method": "uniform", "bits": 5, "range": "mse"},
 }
 GRAINS: tuple[str | int, ...] = ("tensor", "channel", 5)
 

@@ -98,7 +98,8 @@ def flip(content, byte, bit):
 
 def test_the_undamaged_checkpoint_holds_every_kind_of_tensor_and_loads(checkpoint, sound):
     names = checkpoint.header.keys()
-    for suffix in ("weight", "weight_scale", "weight_zero", "weight_lut", "bias", "running_var", "num_batches_tracked"):
+    codebooks = (f"weight_{kind}" for kind in ("scale", "zero", "lut", "basis"))
+    for suffix in ("weight", *codebooks, "bias", "running_var", "num_batches_tracked"):
         assert any(name.endswith(f".{suffix}") for name in names), suffix
     checkpoint.write(checkpoint.file.read_bytes())
     checkpoint.edit_config(lambda config: None)
