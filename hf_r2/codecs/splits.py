@@ -117,11 +117,17 @@ def magnitude_bins(row: Tensor) -> Bins:
     edges = torch.arange(_BINS + 1, dtype=torch.int32).mul_(1 << _SHIFT).add_(lowest).view(torch.float32)
     floor = np.float32(edges[0].item())
     count, multiples = np.zeros((2, _BINS))
+    # Buffers used again and again: fresh ones cost as much in page faults as what is computed in them
+    magnitudes, index, weights = (np.empty(_CHUNK, dtype) for dtype in (np.float32, np.intp, np.float64))
     for start in range(0, len(values), _CHUNK):
-        above = np.maximum(np.abs(values[start : start + _CHUNK]), floor).view(np.int32) - lowest
-        index = (above >> _SHIFT).astype(np.intp)
+        chunk = values[start : start + _CHUNK]
+        size = slice(len(chunk))
+        np.maximum(np.abs(chunk, out=magnitudes[size]), floor, out=magnitudes[size])
+        above = magnitudes[size].view(np.int32)
+        above -= lowest
+        np.right_shift(above, _SHIFT, out=index[size])
         above &= (1 << _SHIFT) - 1
-        both = np.bincount(index, above + _ONE, minlength=_BINS)
+        both = np.bincount(index[size], np.add(above, _ONE, out=weights[size]), minlength=_BINS)
         found = np.floor(both / _ONE)
         count += found
         multiples += both - found * _ONE

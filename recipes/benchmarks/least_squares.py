@@ -124,6 +124,12 @@ def variants(block: Tensor) -> list[Variant]:
     return listed
 
 
+def warm_milliseconds(run: Callable[[], object]) -> float:
+    """Time a call after another one, lest it pay for the memory that the side before it gave back."""
+    run()
+    return milliseconds(run, cuda=False)
+
+
 def measure(block: Tensor, repetitions: int) -> list[dict[str, Any]]:
     """Measure every variant on a block, the sides taking turns."""
     rows = []
@@ -131,7 +137,7 @@ def measure(block: Tensor, repetitions: int) -> list[dict[str, Any]]:
         sides = {"ms": variant.ours, "plain_ms": variant.plain, "other_ms": variant.other}
         runs = {name: run for name, run in sides.items() if run}
         error, plain_error = (errors(block, run()).mean().item() for run in (variant.ours, variant.plain))
-        rounds = [[milliseconds(run, cuda=False) for run in runs.values()] for _ in range(repetitions)]
+        rounds = [[warm_milliseconds(run) for run in runs.values()] for _ in range(repetitions)]
         times = {name: median(each) for name, each in zip(runs, zip(*rounds, strict=True), strict=True)}
         facts = {"variant": variant.name, "bar": variant.bar, "comparable": variant.comparable}
         rows.append({**facts, **times, "error": error, "plain_error": plain_error})
