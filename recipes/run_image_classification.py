@@ -146,7 +146,7 @@ def main() -> None:
 
 def arm_name(training: R2TrainingArguments) -> str:
     parts = [] if training.r2_mode == "none" or training.r2_strength == 0 else ["R2"]
-    parts += [training.r2_aware.upper()] if training.r2_aware else []
+    parts += [training.r2_aware.replace("_", " ").replace("dkm", "DKM")] if training.r2_aware else []
     parts += ["distilled"] if training.r2_teacher else []
     return " + ".join(parts) or "baseline"
 

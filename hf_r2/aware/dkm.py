@@ -4,11 +4,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hf_r2.aware.rounded import Rounded
 from hf_r2.aware.soft_kmeans import SoftKMeans, soft_kmeans
-from hf_r2.codecs import CodecSettings, Encoded, decode, encode, palette
+from hf_r2.codecs import CodecSettings, Encoded, encode, palette
 from hf_r2.codecs.bitpack import pack
 from hf_r2.grain import blocks, group_counts, join
 
@@ -89,7 +90,7 @@ def default_temperature(bits: int, cluster_dim: int) -> float:
     return min(0.06 * k ** (-2 / 3), 2.4 * k**-2)
 
 
-class DKM(nn.Module):
+class DKM(Rounded):
     """Parametrization of a weight by its soft palette (Cho et al., arXiv 2108.12659).
 
     In training, the weight is `A C`: every element (or vector of `cluster_dim` elements) is the mean of the centroids C
@@ -106,19 +107,15 @@ class DKM(nn.Module):
         name: of the weight, for messages.
     """
 
-    compression_aware = True
+    trained = "centroids"
 
     def __init__(
         self, weight: Tensor, settings: CodecSettings, options: DKMOptions, transpose: bool, name: str
     ) -> None:
-        super().__init__()
+        super().__init__(settings, transpose, name)
         if isinstance(weight, DTensor):
             raise ValueError(f"{name} is cut by FSDP2, and DKM needs whole weights: train with DDP, or skip the weight")
-        self.settings = settings
         self.options = options
-        self.transpose = transpose
-        self.name = name
-        self.active = False
         # What a step ends with becomes the next one's start once a gradient has passed: when the forward pass is
         # repeated before that (gradient checkpointing), it has to find the same start
         self.advance = True
@@ -136,7 +133,7 @@ class DKM(nn.Module):
             ValueError: for a weight with NaN or infinite values.
         """
         if not self.active:
-            tables = encode(self._output_first(weight), self.settings, self.name).codebook["lut"]
+            tables = encode(self.output_first(weight), self.settings, self.name).codebook["lut"]
             self.load(tables)
 
     def load(self, centroids: Tensor) -> None:
@@ -147,12 +144,9 @@ class DKM(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the soft weight in training, the compressed one in evaluation; both of the layout of the weight."""
-        if not self.active:
-            return weight
-        values = self._output_first(weight)
-        if not self.training:
-            # Contiguous as the stored weight will be: kernels sum in an order that depends on the layout
-            return self._output_first(decode(self.encoded(weight))).contiguous()
+        if not self.active or not self.training:
+            return super().forward(weight)
+        values = self.output_first(weight)
         if self.advance:
             self.first.copy_(reseeded(self.centroids, self.masses))
             self.advance = False
@@ -168,12 +162,12 @@ class DKM(nn.Module):
         soft_weight = join(parts, values.shape, self.settings.grain).to(weight.dtype)
         if soft_weight.requires_grad:
             soft_weight.register_hook(self._note_gradient)
-        return self._output_first(soft_weight)
+        return self.output_first(soft_weight)
 
     @torch.no_grad()
     def encoded(self, weight: Tensor) -> Encoded:
         """Compress the weight as it is now: every element (or vector) to its nearest centroid."""
-        values = self._output_first(weight.detach())
+        values = self.output_first(weight.detach())
         # The codec wants ascending values; entries of vectors are in no order
         tables = self.centroids.sort(dim=1).values if self.centroids.dim() == 2 else self.centroids.clone()
         codes = palette.assign(values, tables, self.settings)
@@ -201,9 +195,6 @@ class DKM(nn.Module):
                 "give the weight fewer bits"
             )
         return found
-
-    def _output_first(self, weight: Tensor) -> Tensor:
-        return weight.T if self.transpose else weight
 
     def _note_gradient(self, gradient: Tensor) -> None:
         self.advance = True

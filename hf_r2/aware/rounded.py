@@ -19,6 +19,9 @@ class Rounded(nn.Module):
 
     compression_aware = True
 
+    trained: str | None = None
+    """Name of the buffer that training adjusts, if there is one."""
+
     def __init__(self, settings: CodecSettings, transpose: bool, name: str) -> None:
         super().__init__()
         self.settings = settings
@@ -32,15 +35,23 @@ class Rounded(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight in training, the compressed one in evaluation."""
-        if not self.active or self.training:
-            return weight
-        decoded = decode(self.encoded(weight))
-        return (decoded.T if self.transpose else decoded).contiguous()
+        return weight if self.training or not self.active else self.decoded(self.encoded(weight))
 
     @torch.no_grad()
     def encoded(self, weight: Tensor) -> Encoded:
         """Compress the weight as it is now."""
-        return encode(weight.T if self.transpose else weight, self.settings, self.name)
+        return encode(self.output_first(weight), self.settings, self.name)
+
+    def decoded(self, encoded: Encoded) -> Tensor:
+        """Return a compressed weight in the layout of the layer's.
+
+        Contiguous as the stored weight will be: kernels sum in an order that depends on the layout.
+        """
+        return self.output_first(decode(encoded)).contiguous()
+
+    def output_first(self, weight: Tensor) -> Tensor:
+        """Put the output channels first, or back."""
+        return weight.T if self.transpose else weight
 
     def warnings(self, weight: Tensor) -> list[str]:
         """Nothing can go wrong here."""

@@ -8,13 +8,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_r2.adapters import AdaptedLayer, LatentLayer
-from hf_r2.aware import DKM, DKMOptions, Rounded
+from hf_r2.aware import AWARE_METHODS, DKM, DKMOptions, LeastSquares, Rounded
+from hf_r2.aware.activations import activate_inputs, quantize_inputs, release_inputs
 from hf_r2.quantization.config import R2QuantizationConfig
-from hf_r2.quantization.hf_quantizer import compress
+from hf_r2.quantization.hf_quantizer import compress, layers_with_inputs
 from hf_r2.selection import base_layer, require_match, select_weights
-
-CENTROIDS = "weight_centroids"
-"""What a state dict calls the centroids of a layer's weight."""
 
 
 def attach(model: nn.Module, config: R2QuantizationConfig, start: bool = True) -> nn.Module:
@@ -26,7 +24,7 @@ def attach(model: nn.Module, config: R2QuantizationConfig, start: bool = True) -
 
     The float parameters stay, as the latent weights that the optimizer moves; make the optimizer after this call.
     `state_dict` holds them under their own names, so that a checkpoint made in training is a float checkpoint like any
-    other, with the trained centroids beside them, which `load_state_dict` takes up again. In evaluation mode the model
+    other, with the trained centroids or bases beside them, which `load_state_dict` takes up again. In evaluation mode the model
     computes with the very weights that [`finalize`] stores.
 
     Args:
@@ -43,7 +41,8 @@ def attach(model: nn.Module, config: R2QuantizationConfig, start: bool = True) -
             has adapters or another parametrization, or is cut by FSDP2.
     """
     if config.aware is None:
-        raise ValueError("the config names no compression-aware method: set aware='dkm'")
+        methods = " or ".join(repr(method) for method in AWARE_METHODS)
+        raise ValueError(f"the config names no compression-aware method: set aware to {methods}")
     if attached(model):
         raise ValueError("the model is trained through compression already: finalize it first")
     selection = select_weights(model, config.include, config.skip, config.min_numel)
@@ -59,6 +58,9 @@ def attach(model: nn.Module, config: R2QuantizationConfig, start: bool = True) -
     for name, (module, attribute) in selection.items():
         parametrize.register_parametrization(module, attribute, steps[name], unsafe=True)
         _keep_plain_names(module, steps[name])
+    settings = config.activation_settings()
+    if settings is not None:
+        quantize_inputs(layers_with_inputs(selection, settings), settings)
     model.r2_quantization_config = config
     if start:
         start_compression(model)
@@ -69,6 +71,7 @@ def start_compression(model: nn.Module) -> None:
     """Let an attached model train through compression from here on; without effect once begun."""
     for layer, step in attached(model).values():
         step.start(layer.weight.detach())
+    activate_inputs(model)
 
 
 def attached(model: nn.Module) -> dict[str, tuple[LatentLayer, Any]]:
@@ -99,12 +102,17 @@ def finalize(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError("compression has not begun: train on, or call start_compression(model)")
     config = model.r2_quantization_config
     encoded = {name: step.encoded(layer.weight) for name, (layer, step) in weights.items()}
-    detach(model)
+    _leave_latent(model)
     return compress(model, config, encoded)
 
 
 def detach(model: nn.Module) -> None:
-    """Undo [`attach`]: leave the latent float weights, as plain parameters."""
+    """Undo [`attach`]: leave the latent float weights, as plain parameters, and the inputs as they are."""
+    _leave_latent(model)
+    release_inputs(model)
+
+
+def _leave_latent(model: nn.Module) -> None:
     for layer, step in attached(model).values():
         for handle in step.handles:
             handle.remove()
@@ -115,24 +123,31 @@ def detach(model: nn.Module) -> None:
 def _parametrization(config: R2QuantizationConfig, name: str, module: nn.Module) -> nn.Module:
     settings = config.settings_for(name)
     transpose = isinstance(base_layer(module), Conv1D)
-    if settings.method != "palette":
+    if settings.method != AWARE_METHODS[config.aware]:
         return Rounded(settings, transpose, name)
+    if config.aware == "least_squares":
+        return LeastSquares(module.weight.detach(), settings, transpose, name)
     return DKM(module.weight.detach(), settings, DKMOptions(**config.aware_options), transpose, name)
 
 
-def _keep_plain_names(layer: nn.Module, step: nn.Module) -> None:
-    """Let the state dict have the latent weight under the weight's own name, and the centroids beside it."""
+def trained_names(model: nn.Module) -> list[str]:
+    """List the names under which the state dict of an attached model holds what is trained beside its weights."""
+    return [f"{name}_{step.trained}" for name, (_, step) in attached(model).items() if step.trained]
+
+
+def _keep_plain_names(layer: nn.Module, step: Rounded) -> None:
+    """Let the state dict have the latent weight under the weight's own name, and what is trained beside it."""
 
     def save(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
         state[f"{prefix}weight"] = state.pop(f"{prefix}parametrizations.weight.original")
-        if isinstance(step, DKM) and step.active:
-            state[f"{prefix}{CENTROIDS}"] = step.centroids
+        if step.trained and step.active:
+            state[f"{prefix}weight_{step.trained}"] = getattr(step, step.trained)
 
     def load(state: dict[str, Tensor], prefix: str, *unused: Any) -> None:
         if f"{prefix}weight" in state:
             state[f"{prefix}parametrizations.weight.original"] = state.pop(f"{prefix}weight")
-        centroids = state.pop(f"{prefix}{CENTROIDS}", None)
-        if centroids is not None and isinstance(step, DKM):
-            step.load(centroids)
+        trained = state.pop(f"{prefix}weight_{step.trained}", None)
+        if trained is not None:
+            step.load(trained)
 
     step.handles = [layer._register_state_dict_hook(save), layer._register_load_state_dict_pre_hook(load)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_r2.aware import AWARE_METHODS, DKMOptions
+from hf_r2.aware import AWARE_METHODS, ActivationSettings, DKMOptions
 from hf_r2.codecs import CodecSettings
 from hf_r2.grain import Grain
 from hf_r2.refine import REFINEMENTS
@@ -15,6 +15,7 @@ from hf_r2.selection import matches
 
 QUANT_METHOD = "hf_r2"
 FORMAT_VERSION = 1
+_TRAINED = ("aware", "aware_options", "activations")
 _CODEC_OPTIONS = tuple(field.name for field in fields(CodecSettings))
 
 
@@ -37,7 +38,8 @@ class R2QuantizationConfig(QuantizationConfigMixin):
         min_numel: smallest number of elements that is compressed.
         aware: compression-aware training method, one of `AWARE_METHODS`, for [`attach`] and the Trainer; None
             compresses after training.
-        aware_options: options of the method, see [`DKMOptions`].
+        aware_options: options of the method: see [`DKMOptions`]; the others have none.
+        activations: quantization of the compressed layers' inputs, see [`ActivationSettings`]; None leaves them float.
         refine: steps after compression, in this order: `"batch_norm"` re-estimates batch-norm statistics on
             unlabelled calibration data ([`R2Quantizer.quantize`] does it).
         format_version: version of the on-disk format; written by hf_r2.
@@ -64,6 +66,7 @@ class R2QuantizationConfig(QuantizationConfigMixin):
         min_numel: int = 0,
         aware: str | None = None,
         aware_options: Mapping[str, Any] | None = None,
+        activations: Mapping[str, Any] | None = None,
         refine: Sequence[str] = (),
         format_version: int = FORMAT_VERSION,
         sha256: Mapping[str, Any] | None = None,
@@ -76,7 +79,7 @@ class R2QuantizationConfig(QuantizationConfigMixin):
                 f"the checkpoint has format version {format_version!r}, this hf_r2 reads up to {FORMAT_VERSION}: "
                 "upgrade with `pip install -U hf_r2`"
             )
-        known = (*_CODEC_OPTIONS, "overrides", "include", "skip", "min_numel", "aware", "aware_options", "refine")
+        known = (*_CODEC_OPTIONS, "overrides", "include", "skip", "min_numel", *_TRAINED, "refine")
         _refuse_unknown(unknown, known, "R2QuantizationConfig")
         self.quant_method = QUANT_METHOD
         base = CodecSettings(method, bits, grain, symmetric, grid, range, cluster_dim, basis)
@@ -89,6 +92,10 @@ class R2QuantizationConfig(QuantizationConfigMixin):
         self.aware = aware
         self.aware_options = dict(aware_options or {})
         self._check_aware()
+        self.activations = None
+        if activations is not None:
+            _refuse_unknown(activations, ActivationSettings.names(), "activations")
+            self.activations = ActivationSettings(**activations).to_dict()
         self.refine = _strings(refine, "refine")
         self.format_version = format_version
         self.sha256 = sha256
@@ -112,10 +119,14 @@ class R2QuantizationConfig(QuantizationConfigMixin):
             return
         if self.aware not in AWARE_METHODS:
             raise ValueError(f"unknown method aware={self.aware!r}: use one of {', '.join(AWARE_METHODS)}")
-        if self.method != "palette":
-            raise ValueError(f"aware={self.aware!r} trains palettes: set method='palette'")
-        _refuse_unknown(self.aware_options, DKMOptions.names(), "aware_options")
-        DKMOptions(**self.aware_options)
+        codec = AWARE_METHODS[self.aware]
+        if self.method != codec:
+            raise ValueError(f"aware={self.aware!r} trains the codec {codec!r}: set method={codec!r}")
+        if self.aware == "dkm":
+            _refuse_unknown(self.aware_options, DKMOptions.names(), "aware_options")
+            DKMOptions(**self.aware_options)
+        elif self.aware_options:
+            raise ValueError(f"aware_options={self.aware_options}: aware={self.aware!r} has none; leave them out")
 
     def settings_for(self, name: str | None) -> CodecSettings:
         """Return the codec settings of the weight of this name: the config's own, with every override that matches."""
@@ -125,13 +136,17 @@ class R2QuantizationConfig(QuantizationConfigMixin):
                 settings = _override(settings, options)
         return settings
 
+    def activation_settings(self) -> ActivationSettings | None:
+        """Return how inputs are quantized, if they are."""
+        return None if self.activations is None else ActivationSettings(**self.activations)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the config as JSON holds it: all that a reader needs, without what was left at None or empty.
 
         Overrides are a list, because transformers sorts the keys of config.json, and their order counts.
         """
         content = {"quant_method": self.quant_method, **self.settings_for(None).to_dict()}
-        optional = ("overrides", "include", "skip", "min_numel", "aware", "aware_options", "refine")
+        optional = ("overrides", "include", "skip", "min_numel", *_TRAINED, "refine")
         for key in (*optional, "format_version", "sha256"):
             if getattr(self, key):
                 content[key] = getattr(self, key)

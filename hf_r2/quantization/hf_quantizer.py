@@ -10,11 +10,18 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer
 
+from hf_r2.aware.activations import (
+    ActivationSettings,
+    activate_inputs,
+    input_quantizers,
+    quantize_inputs,
+    release_inputs,
+)
 from hf_r2.codecs import CODECS, Encoded, decode, encode
 from hf_r2.codecs.bitpack import packed_size
 from hf_r2.quantization.config import R2QuantizationConfig
 from hf_r2.quantization.integrity import content_digests, verify_content, verify_layout, verify_settings
-from hf_r2.selection import output_first, require_match, select_weights
+from hf_r2.selection import matches, output_first, require_match, select_weights
 
 
 class R2HfQuantizer(HfQuantizer):
@@ -50,6 +57,13 @@ class R2HfQuantizer(HfQuantizer):
                 )
         return selected
 
+    def quantize_inputs(self, model: nn.Module, selection: Mapping[str, tuple[nn.Module, str]]) -> None:
+        """Quantize the inputs of the selected layers, if the config says so; statistics taken before are kept."""
+        settings = self.quantization_config.activation_settings()
+        if settings is not None and not input_quantizers(model):
+            quantize_inputs(layers_with_inputs(selection, settings), settings)
+        activate_inputs(model)
+
     # --- loading ----------------------------------------------------------------------------------------------------
 
     def _process_model_before_weight_loading(
@@ -73,6 +87,7 @@ class R2HfQuantizer(HfQuantizer):
             saved = ", ".join(model.config.architectures or ["unknown"])
             hint = f"The checkpoint was saved from {saved}; load it with that class, this is {type(model).__name__}"
             raise ValueError(f"{error}. {hint}") from error
+        self.quantize_inputs(model, selection)
         for name, (module, attribute) in selection.items():
             encoded = self.encoded[name]
             setattr(module, attribute, nn.Parameter(encoded.codes, requires_grad=False))
@@ -94,6 +109,7 @@ class R2HfQuantizer(HfQuantizer):
                 self.encoded[name] = encode(weight, self.quantization_config, name)
             decoded = output_first(module, decode(self.encoded[name])).contiguous()
             setattr(module, attribute, nn.Parameter(decoded))
+        self.quantize_inputs(model, selection)
         model.tie_weights()
         # transformers would merge or split weights back into the layout of older checkpoints, and codes with them
         conversions = getattr(model, "_weight_conversions", None) or []
@@ -145,8 +161,9 @@ class R2HfQuantizer(HfQuantizer):
         return codes, rest
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        """Keep the decoded float weights and let go of the codes."""
+        """Keep the decoded float weights, and let go of the codes and of the quantizers of inputs."""
         self.encoded.clear()
+        release_inputs(model)
         if isinstance(dtype, str):  # as save_pretrained leaves config.dtype
             dtype = getattr(torch, dtype)
         return model if dtype is None else model.to(dtype)
@@ -159,6 +176,19 @@ class R2HfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Compressed weights are not trained: their codes would go stale."""
         return False
+
+
+def layers_with_inputs(
+    selection: Mapping[str, tuple[nn.Module, str]], settings: ActivationSettings
+) -> dict[str, nn.Module]:
+    """Take the layers whose inputs are quantized from a selection of weights.
+
+    Raises:
+        ValueError: for a pattern of `skip` without a match.
+    """
+    for pattern in settings.skip:
+        require_match(pattern, list(selection))
+    return {name: layer for name, (layer, _) in selection.items() if not matches(name, settings.skip)}
 
 
 def compress(

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, PreTrainedModel, default_data_collator
 
+from hf_r2.aware.activations import observe_inputs
 from hf_r2.codecs import Encoded, decode, mse, sqnr
 from hf_r2.files import atomic_directory, weight_file_bytes
 from hf_r2.quantization.config import R2QuantizationConfig
@@ -75,10 +76,16 @@ class R2Quantizer(OptimumQuantizer):
         start = time.perf_counter()
         if quantization_config.refine and calibration_dataset is None:
             raise ValueError(f"refine={quantization_config.refine} needs a calibration_dataset")
+        activations = quantization_config.activation_settings()
+        averaged = activations is not None and activations.moving_average != "off"
+        if averaged and calibration_dataset is None:
+            raise ValueError(f"moving_average={activations.moving_average!r} needs a calibration_dataset")
         model = load_float_model(self.source)
         floats = FloatWeights(model, quantization_config)
         float_bytes = weight_file_bytes(self.source) or sum(tensor.nbytes for tensor in model.state_dict().values())
         compress(model, quantization_config)
+        if averaged:
+            observe_inputs(model, _batches(model, calibration_dataset, batch_size))
         if "batch_norm" in quantization_config.refine:
             reestimate_batch_norm(model, _batches(model, calibration_dataset, batch_size))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_r2.aware import ActivationSettings
 from hf_r2.report.manifest import Manifest
 from hf_r2.report.tables import markdown_table, result_table
 
@@ -22,6 +23,8 @@ VECTOR_SENTENCE = (
 )
 AWARE_SENTENCES = {
     "dkm": "palettes: look-up tables trained together with the weights by differentiable k-means (DKM)",
+    "least_squares": "least-squares binary quantization, whose levels are the signed sums of {bits} scales, and which the "
+    "weights were trained through",
 }
 LOSS_SENTENCES = {
     "l_inf": "the largest magnitude of each group",
@@ -80,6 +83,7 @@ def _card_facts(manifest: Manifest) -> dict[str, Any]:
         "method_sentence": _method_sentence(config),
         "r2_sentence": _r2_sentence(train.get("r2")),
         "distillation": train.get("distillation"),
+        "activation_sentence": _activation_sentence(config.get("activations")),
         "model_class": evaluate.get("model_class"),
         "pipeline_tag": evaluate.get("pipeline_tag"),
         "data": evaluate.get("data"),
@@ -101,8 +105,18 @@ def _card_facts(manifest: Manifest) -> dict[str, Any]:
 
 def _method_sentence(config: dict[str, Any]) -> str:
     if config.get("aware"):
-        return AWARE_SENTENCES[config["aware"]]
+        return AWARE_SENTENCES[config["aware"]].format(**config)
     return (VECTOR_SENTENCE if _over(config) else METHOD_SENTENCES[config["method"]]).format(**config)
+
+
+def _activation_sentence(activations: dict[str, Any] | None) -> str | None:
+    """Say how inputs are quantized; nothing if they are not."""
+    if not activations:
+        return None
+    settings = ActivationSettings(**activations)
+    kind = "ternary" if settings.basis == "ternary" else f"{settings.bits}-bit"
+    scales = "solved for each" if settings.moving_average == "off" else "of running averages"
+    return f"{kind} least-squares binary codes, with scales {scales}"
 
 
 def _metadata(facts: dict[str, Any]) -> ModelCardData:

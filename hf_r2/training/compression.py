@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_r2.quantization import R2QuantizationConfig, attach, attached, compress, finalize, start_compression
-from hf_r2.quantization.attach import CENTROIDS
+from hf_r2.quantization.attach import trained_names
 from hf_r2.quantization.quantizer import FloatWeights
 
 logger = logging.get_logger(__name__)
@@ -58,7 +58,7 @@ class TrainedCompression:
         start = time.perf_counter()
         self.floats = FloatWeights(model, self.config)
         state = model.state_dict()
-        float_bytes = sum(tensor.nbytes for name, tensor in state.items() if not name.endswith(CENTROIDS))
+        float_bytes = sum(state[name].nbytes for name in state.keys() - trained_names(model))
         if self.config.aware:
             finalize(model)
         else:

@@ -10,16 +10,23 @@ from hf_r2 import R2QuantizationConfig, RangeLoss, RangeProjection, attach, fina
 from hf_r2.quantization import attached, compress, detach
 
 UNTIED = [family for family in FAMILIES if family != "gpt2"]
+BINARY = {"method": "least_squares", "aware": "least_squares"}
 SETTINGS = {
     "1 bit": {"bits": 1, "grain": "tensor"},
     "channels": {"bits": 2, "grain": "channel"},
     "groups": {"bits": 2, "grain": 5},
     "vectors": {"bits": 4, "grain": "tensor", "cluster_dim": 4},
+    "binary": {**BINARY, "bits": 1, "grain": "channel"},
+    "binary, 2 bits": {**BINARY, "bits": 2, "grain": 5},
+    "ternary": {**BINARY, "bits": 2, "basis": "ternary"},
+    "refined": {**BINARY, "bits": 3},
+    "binary, inputs": {**BINARY, "bits": 1, "activations": {"bits": 2}},
+    "palettes, averaged inputs": {"activations": {"bits": 3, "moving_average": "eval_only"}},
 }
 
 
 def dkm(**settings):
-    return R2QuantizationConfig("palette", aware="dkm", **{"bits": 2, "grain": "tensor", **settings})
+    return R2QuantizationConfig(**{"method": "palette", "aware": "dkm", "bits": 2, "grain": "tensor", **settings})
 
 
 def train(family, model, steps=3):
@@ -50,7 +57,7 @@ def test_evaluated_finalized_saved_and_reloaded_models_are_one(family, settings,
     model.save_pretrained(tmp_path)
     reloaded = load(family, tmp_path)
     assert torch.equal(logits(reloaded.eval(), family), evaluated)
-    assert reloaded.config.quantization_config.aware == "dkm"
+    assert reloaded.config.quantization_config == model.config.quantization_config
 
 
 def test_the_latent_weights_train():
@@ -106,8 +113,9 @@ def test_a_state_dict_is_that_of_the_float_model_with_centroids_beside_it(tmp_pa
     assert torch.equal(load("resnet", tmp_path).classifier[1].weight, weights["classifier.1.weight"])
 
 
-def test_a_state_dict_resumes_bit_for_bit():
-    straight, resumed = (attach(build("resnet"), dkm()) for _ in range(2))
+@pytest.mark.parametrize("settings", [{}, {**BINARY, "bits": 2}], ids=["dkm", "least_squares"])
+def test_a_state_dict_resumes_bit_for_bit(settings):
+    straight, resumed = (attach(build("resnet"), dkm(**settings)) for _ in range(2))
     train("resnet", straight, steps=2)
     resumed.load_state_dict(straight.state_dict())
     for model in (straight, resumed):
@@ -149,14 +157,26 @@ def test_a_detached_model_is_the_float_one_again():
     compress(model, dkm())
 
 
+def test_a_detached_model_has_float_inputs_again():
+    model = build("resnet").eval()
+    plain = logits(model, "resnet")
+    attach(model, dkm(activations={"bits": 1, "moving_average": "eval_only"}))
+    train("resnet", model, steps=0)
+    detach(model.eval())
+    assert torch.equal(logits(model, "resnet"), plain)
+    assert model.state_dict().keys() == build("resnet").state_dict().keys()
+
+
 def test_mistakes_are_refused_before_anything_changes():
     model = build("gpt2")
-    with pytest.raises(ValueError, match="names no compression-aware method: set aware='dkm'"):
+    with pytest.raises(ValueError, match="names no compression-aware method: set aware to 'dkm'"):
         attach(model, R2QuantizationConfig("palette"))
     with pytest.raises(ValueError, match=r"wte\.weight is tied .* put it into skip"):
         attach(model, dkm(include=["*"]))
     with pytest.raises(ValueError, match="matches no weight"):
         attach(model, dkm(overrides={"clasifier*": {"bits": 8}}))
+    with pytest.raises(ValueError, match="matches no weight"):
+        attach(build("resnet"), dkm(activations={"skip": ["clasifier*"]}))
     assert not any(map(parametrize.is_parametrized, model.modules()))
     with pytest.raises(ValueError, match=r"attach\(model, config\) first"):
         finalize(model)
@@ -170,7 +190,11 @@ def test_mistakes_are_refused_before_anything_changes():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "uniform", "aware": "dkm"}, "aware='dkm' trains palettes: set method='palette'"),
+        ({"method": "uniform", "aware": "dkm"}, "aware='dkm' trains the codec 'palette': set method"),
+        ({"method": "palette", "aware": "least_squares"}, "trains the codec 'least_squares'"),
+        ({**BINARY, "aware_options": {"iterations": 3}}, "'least_squares' has none"),
+        ({"activations": {"bit": 2}}, "did you mean 'bits'"),
+        ({"activations": {"bits": 9}}, "bits=9"),
         ({"method": "palette", "aware": "dmk"}, "unknown method aware='dmk'"),
         ({"method": "palette", "aware_options": {"iterations": 3}}, "without a method"),
         ({"method": "palette", "aware": "dkm", "aware_options": {"iteration": 3}}, "did you mean 'iterations'"),

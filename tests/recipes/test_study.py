@@ -94,7 +94,8 @@ def test_published_results_are_cells_of_the_study():
         assert plan.result_path(study, json.loads(path.read_text(encoding="utf-8"))["cell"]).name == path.name
 
 
-def test_published_dkm_tables_are_those_of_the_results():
-    command = [sys.executable, STUDY / "dkm.py", STUDY / "dkm.yaml", "--render", "--check"]
+@pytest.mark.parametrize("study", ["dkm", "least_squares"])
+def test_published_tables_of_aware_training_are_those_of_the_results(study):
+    command = [sys.executable, STUDY / "aware.py", STUDY / f"{study}.yaml", "--render", "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

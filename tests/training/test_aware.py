@@ -86,9 +86,28 @@ def test_until_it_begins_training_is_that_of_the_float_model(make_aware, train):
     assert logged(aware)[3] != logged(plain)[3]
 
 
+BINARY = R2QuantizationConfig("least_squares", bits=2)
+INPUTS = {"bits": 2, "moving_average": "eval_only"}
+BINARY_INPUTS = R2QuantizationConfig("least_squares", bits=1, activations=INPUTS)
+METHODS = {"dkm": PALETTE, "least_squares": BINARY, "least_squares, activations": BINARY_INPUTS}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_evaluates_saves_and_reloads_one_model(make_aware, method, tmp_path):
+    trainer = make_aware(config=METHODS[method], r2_aware=method.split(",")[0], eval_strategy="epoch")
+    trainer.train()
+    last = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry][-1]
+    assert trainer.evaluate()["eval_loss"] == last
+    trainer.save_model(tmp_path)
+    reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert_same(snapshot(reloaded), snapshot(trainer.model))
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.75])
-def test_resuming_is_the_straight_run_bit_for_bit(make_aware, ratio):
+@pytest.mark.parametrize("method", METHODS)
+def test_resuming_is_the_straight_run_bit_for_bit(make_aware, ratio, method):
     arguments = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "r2_aware_start_ratio": ratio}
+    arguments |= {"config": METHODS[method], "r2_aware": method.split(",")[0]}
     straight, resumed = (make_aware(**arguments) for _ in range(2))
     straight.train()
     resumed.train(resume_from_checkpoint=f"{straight.args.output_dir}/checkpoint-4")
@@ -186,11 +205,11 @@ def attached_names(trainer):
 def test_mistakes_are_refused(make_trainer, make_aware):
     with pytest.raises(ValueError, match="r2_aware='dkm' needs a quantization_config"):
         make_trainer(make_bert(), make_data("bert", 8), r2_aware="dkm")
-    with pytest.raises(ValueError, match="r2_aware='dmk' is not one of dkm"):
+    with pytest.raises(ValueError, match="r2_aware='dmk' is not one of dkm, least_squares"):
         make_aware(r2_aware="dmk")
     with pytest.raises(ValueError, match=r"r2_aware_start_ratio=1.0 is not in \[0, 1\)"):
         make_aware(r2_aware_start_ratio=1.0)
-    with pytest.raises(ValueError, match="trains palettes"):
+    with pytest.raises(ValueError, match="trains the codec 'palette'"):
         make_aware(config=R2QuantizationConfig("uniform", bits=2))
     trainer = make_aware(max_steps=1)
     trainer.train()

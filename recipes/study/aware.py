@@ -1,7 +1,7 @@
-"""Run and render the DKM study: ours beside coremltools' at the same bits, from the same starts.
+"""Run and render the studies of compression-aware training: methods at the same bits, from the same starts.
 
-    python recipes/study/dkm.py recipes/study/dkm.yaml                      # run what is missing, then write README.md
-    python recipes/study/dkm.py recipes/study/dkm.yaml --render [--check]
+    python recipes/study/aware.py recipes/study/dkm.yaml                      # run what is missing, then write README.md
+    python recipes/study/aware.py recipes/study/dkm.yaml --render [--check]
 
 Interrupt it at any time: finished runs stay, and the next start goes on.
 """
@@ -30,18 +30,24 @@ from hf_r2.files import atomic_write
 from hf_r2.report.tables import markdown_table
 
 README = Path(__file__).parent / "README.md"
-BEGIN, END = "<!-- dkm: rendered by recipes/study/dkm.py -->", "<!-- end of dkm -->"
+SHARED = ("model", "grain", "start_training", "training", "first_and_last")
+
+
+def methods(study: dict[str, Any]) -> dict[str, Any]:
+    """List the methods of a study by name: with settings, or with the name itself."""
+    found = study["methods"]
+    return found if isinstance(found, dict) else dict(zip(found, found, strict=True))
 
 
 def cell(study: dict[str, Any], start: str, seed: int, bits: int, method: str) -> dict[str, Any]:
     """Specify one run completely: whatever changes its result is in it."""
-    shared = {key: study[key] for key in ("model", "start_training", "training", "first_and_last")}
-    restriction = study["starts"][start]
-    return {"start": start, "restriction": restriction, "seed": seed, "bits": bits, "method": method, **shared}
+    shared = {key: study[key] for key in SHARED if key in study}
+    chosen, restriction = methods(study)[method], study["starts"][start]
+    return {"start": start, "restriction": restriction, "seed": seed, "bits": bits, "method": chosen, **shared}
 
 
 def cells(study: dict[str, Any], start: str, seed: int) -> list[dict[str, Any]]:
-    return [cell(study, start, seed, bits, method) for bits, method in product(study["bits"], study["methods"])]
+    return [cell(study, start, seed, bits, method) for bits, method in product(study["bits"], methods(study))]
 
 
 def run_start(job: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -70,7 +76,9 @@ def compress(model: Any, spec: dict[str, Any], train: Any, test: Any) -> dict[st
 
     from hf_r2.refine import reestimate_batch_norm
 
-    model = {"k-means": by_kmeans, "hf_r2": by_hf_r2, "coremltools": by_coremltools}[spec["method"]](model, spec, train)
+    dkm = {"k-means": by_kmeans, "hf_r2": by_hf_r2, "coremltools": by_coremltools}
+    run_method = by_least_squares if isinstance(spec["method"], dict) else dkm[spec["method"]]
+    model = run_method(model, spec, train)
     measured = {"accuracy": accuracy(model, test)}
     reestimate_batch_norm(model, ({"pixel_values": batch["pixel_values"]} for batch in train.batches()))
     return {**measured, "accuracy_bn": accuracy(model, test)}
@@ -87,6 +95,25 @@ def by_hf_r2(model: Any, spec: dict[str, Any], train: Any) -> Any:
 
     attach(model, palettes(spec, aware="dkm"))
     for _ in steps(model, spec, train):
+        pass
+    return finalize(model)
+
+
+def by_least_squares(model: Any, spec: dict[str, Any], train: Any) -> Any:
+    from hf_r2 import R2QuantizationConfig, attach, finalize
+    from hf_r2.quantization import compress
+
+    method = spec["method"]
+    outer = {f"{layer}.weight": {"bits": spec["first_and_last"]["bits"]} for layer in spec["first_and_last"]["layers"]}
+    activations = method.get("activations")
+    if activations:
+        activations = {**activations, "skip": list(outer)}
+    options = {"grain": spec["grain"], "overrides": outer, "activations": activations}
+    if not method["trained"]:
+        return compress(model, R2QuantizationConfig("least_squares", spec["bits"], **options))
+    teacher = copy.deepcopy(model).eval() if method["distilled"] else None
+    attach(model, R2QuantizationConfig("least_squares", spec["bits"], aware="least_squares", **options))
+    for _ in steps(model, spec, train, teacher):
         pass
     return finalize(model)
 
@@ -115,9 +142,11 @@ def palettes(spec: dict[str, Any], **options: Any) -> Any:
     return R2QuantizationConfig("palette", bits=spec["bits"], grain="tensor", overrides=outer, **options)
 
 
-def steps(model: Any, spec: dict[str, Any], train: Any) -> Iterator[int]:
-    """Train, in batches drawn from the seed alone; yield after each step."""
+def steps(model: Any, spec: dict[str, Any], train: Any, teacher: Any = None) -> Iterator[int]:
+    """Train, by the labels or from a teacher, in batches drawn from the seed alone; yield after each step."""
     import torch
+
+    from hf_r2.training.distillation import distillation_loss
 
     settings, count = spec["training"], spec["training"]["steps"]
     options = {key: settings[key] for key in ("momentum", "weight_decay")}
@@ -127,7 +156,15 @@ def steps(model: Any, spec: dict[str, Any], train: Any) -> Iterator[int]:
     model.train()
     for step in range(count):
         chosen = torch.randint(len(train), (settings["batch"],), generator=generator)
-        model(**{name: tensor[chosen] for name, tensor in train.tensors.items()}).loss.backward()
+        batch = {name: tensor[chosen] for name, tensor in train.tensors.items()}
+        output = model(**batch)
+        if teacher is None:
+            loss = output.loss
+        else:
+            with torch.no_grad():
+                taught = teacher(pixel_values=batch["pixel_values"]).logits
+            loss = distillation_loss(output.logits, taught).mean()
+        loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -147,13 +184,13 @@ def run(study: dict[str, Any], processes: int) -> None:
 def render(study: dict[str, Any]) -> str:
     header = ("start", "method", "bits", "float", "compressed", "compressed, BN re-estimated")
     rows = []
-    for start, bits, method in product(study["starts"], study["bits"], study["methods"]):
+    for start, bits, method in product(study["starts"], study["bits"], methods(study)):
         runs = [load_result(study, cell(study, start, seed, bits, method)) for seed in study["seeds"]]
         if None in runs:
-            raise SystemExit(f"runs of {start}, {method}, {bits} bits are missing: python recipes/study/dkm.py")
+            raise SystemExit(f"runs of {start}, {method}, {bits} bits are missing: python recipes/study/aware.py")
         figures = (_spread([100 * run[key] for run in runs]) for key in ("float", "accuracy", "accuracy_bn"))
         rows.append((start, method, str(bits), *figures))
-    return "Accuracy in %, grain tensor.\n\n" + markdown_table(header, rows)
+    return f"Accuracy in %, grain {study.get('grain', 'tensor')}.\n\n{markdown_table(header, rows)}"
 
 
 def _spread(values: list[float]) -> str:
@@ -171,12 +208,13 @@ def main() -> None:
     if not options.render:
         run(study, options.processes)
     current = README.read_text(encoding="utf-8")
-    head, _, rest = current.partition(BEGIN)
-    rendered = f"{head}{BEGIN}\n\n{render(study)}\n\n{END}{rest.partition(END)[2]}"
+    begin, end = f"<!-- {study['name']}: rendered by recipes/study/aware.py -->", f"<!-- end of {study['name']} -->"
+    head, _, rest = current.partition(begin)
+    rendered = f"{head}{begin}\n\n{render(study)}\n\n{end}{rest.partition(end)[2]}"
     if not options.check:
         atomic_write(README, rendered)
     elif rendered != current:
-        raise SystemExit(f"README.md differs from the results: python recipes/study/dkm.py {options.study} --render")
+        raise SystemExit(f"README.md differs from the results: python recipes/study/aware.py {options.study} --render")
 
 
 if __name__ == "__main__":
