@@ -16,6 +16,9 @@ SETTINGS = [
     CodecSettings("uniform", 8, "channel", grid="midrise"),
     CodecSettings("palette", 1, "tensor"),
     CodecSettings("palette", 4, "channel"),
+    CodecSettings("palette", 4, "tensor", cluster_dim=3),
+    CodecSettings("least_squares", 2, "channel"),
+    CodecSettings("least_squares", 3, 10),
 ]
 
 

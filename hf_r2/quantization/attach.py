@@ -24,8 +24,8 @@ def attach(model: nn.Module, config: R2QuantizationConfig, start: bool = True) -
 
     The float parameters stay, as the latent weights that the optimizer moves; make the optimizer after this call.
     `state_dict` holds them under their own names, so that a checkpoint made in training is a float checkpoint like any
-    other, with the trained centroids or bases beside them, which `load_state_dict` takes up again. In evaluation mode the model
-    computes with the very weights that [`finalize`] stores.
+    other, with the trained centroids or bases beside them, which `load_state_dict` takes up again. In evaluation mode
+    the model computes with the very weights that [`finalize`] stores.
 
     Args:
         model: float model; changed in place.

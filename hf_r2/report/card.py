@@ -23,8 +23,8 @@ VECTOR_SENTENCE = (
 )
 AWARE_SENTENCES = {
     "dkm": "palettes: look-up tables trained together with the weights by differentiable k-means (DKM)",
-    "least_squares": "least-squares binary quantization, whose levels are the signed sums of {bits} scales, and which the "
-    "weights were trained through",
+    "least_squares": "least-squares binary quantization, which the weights were trained through, and whose levels are "
+    "the signed sums of {bits} scales",
 }
 LOSS_SENTENCES = {
     "l_inf": "the largest magnitude of each group",

@@ -1,6 +1,6 @@
 """Run and render the studies of compression-aware training: methods at the same bits, from the same starts.
 
-    python recipes/study/aware.py recipes/study/dkm.yaml                      # run what is missing, then write README.md
+    python recipes/study/aware.py recipes/study/dkm.yaml                     # run what is missing, then write README.md
     python recipes/study/aware.py recipes/study/dkm.yaml --render [--check]
 
 Interrupt it at any time: finished runs stay, and the next start goes on.

@@ -10,38 +10,42 @@ pytestmark = pytest.mark.slow
 
 MODELS = ["bert_regression", "gpt2"]
 AWARE = {"r2_aware": "dkm", "r2_mode": "clip", "r2_clip": 1.5, "r2_aware_start_ratio": 0.25}
+METHODS = {"dkm": AWARE, "least_squares": {**AWARE, "r2_aware": "least_squares"}}
+CASES = {f"{model}-{method}": (model, METHODS[method]) for model in MODELS for method in METHODS}
 
 
 @pytest.fixture(scope="module")
 def alone(run_cases):
-    return run_cases({model: Case(model, AWARE, evaluate=True) for model in MODELS}, "single")
+    return run_cases({name: Case(model, aware, evaluate=True) for name, (model, aware) in CASES.items()}, "single")
 
 
 @pytest.fixture(scope="module")
 def together(run_cases):
-    halves = {**AWARE, "per_device_train_batch_size": 4}
-    return run_cases({model: Case(model, halves, evaluate=True) for model in MODELS}, "ddp")
+    half = {"per_device_train_batch_size": 4}
+    cases = {name: Case(model, {**aware, **half}, evaluate=True) for name, (model, aware) in CASES.items()}
+    return run_cases(cases, "ddp")
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_two_processes_train_as_one(alone, together, model):
-    expected = Result.load(alone / model)
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(alone, together, case):
+    expected = Result.load(alone / case)
     for rank in range(2):
-        result = Result.load(together / model, rank)
+        result = Result.load(together / case, rank)
         assert result.logged("loss") == pytest.approx(expected.logged("loss"), abs=1e-5)
         assert result.eval_loss == pytest.approx(expected.eval_loss, abs=1e-5)
         assert_close(result.weights, expected.weights)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_processes_end_with_the_same_codes(together, model):
-    first, second = (Result.load(together / model, rank) for rank in range(2))
+@pytest.mark.parametrize("case", CASES)
+def test_processes_end_with_the_same_codes(together, case):
+    first, second = (Result.load(together / case, rank) for rank in range(2))
     assert_same(first.weights, second.weights)
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("config", "fsdp2", "message"), [("fsdp2", False, "use DDP"), ("ddp", True, "cut by FSDP2")])
-def test_cut_weights_are_refused(run_cases, config, fsdp2, message):
-    directory = run_cases({"llama": Case("llama", AWARE, fsdp2=fsdp2)}, config)
+def test_cut_weights_are_refused(run_cases, config, fsdp2, message, method):
+    directory = run_cases({"llama": Case("llama", METHODS[method], fsdp2=fsdp2)}, config)
     error = json.loads((directory / "llama" / "result-0.json").read_text())["error"]
     assert "ValueError" in error
     assert message in error

@@ -17,6 +17,7 @@ from training_cases import make_trainer
 from transformers import Trainer
 
 from hf_r2 import R2QuantizationConfig, R2Trainer
+from hf_r2.aware import AWARE_METHODS
 
 
 class MeanLossTrainer(Trainer):
@@ -48,7 +49,8 @@ def run_case(case, directory, name):
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = MODELS[case.model].layer
     others = {"eval_dataset": data}
     if "r2_aware" in case.arguments:
-        others["quantization_config"] = R2QuantizationConfig("palette", bits=2, grain="channel")
+        codec = AWARE_METHODS[case.arguments["r2_aware"]]
+        others["quantization_config"] = R2QuantizationConfig(codec, bits=2, grain="channel")
     arguments = dict(case.arguments)
     if arguments.get("r2_teacher") == "saved":
         arguments["r2_teacher"] = str(directory / "models" / f"{case.model}_teacher")
