@@ -25,8 +25,8 @@ _BIN = 0.025
 
 _BINS_PER_NODE = 4
 
-_ELEMENTS_PER_BIN = 4
-"""With fewer, passes over all elements cost no more than the tables."""
+_ELEMENTS_PER_BIN = {"few": 4, "many": 2}
+"""With fewer, passes over all elements cost no more than the tables; with many clusters, from 8 on, they cost more."""
 
 _MANY = 1 << 18
 """Of this many elements, where in its bin each lies averages out in sums of the output's gradient."""
@@ -216,7 +216,7 @@ def tabulate(block: Tensor, start: Tensor, scaled: Scaled) -> Table | None:
     if not bool(((reach > largest / 2) & (reach > 1e-30) & (largest < 1e30)).all()):
         return None
     wanted = _bins_for([Step(start, start, start, None)], reach, scaled)
-    enough = block.shape[1] // _ELEMENTS_PER_BIN
+    enough = block.shape[1] // _ELEMENTS_PER_BIN["few" if start.shape[1] < 8 else "many"]
     least = min(LEAST_BINS, enough // _BINS_PER_NODE * _BINS_PER_NODE)
     while 0 < (count := max(wanted, least)) <= min(MOST_BINS, enough):
         table = _run(block, start, scaled, Bins.of(low, high, count))
