@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_r2.codecs.binary_bases import fold, levels, nearest_codes, solve
+from hf_r2.codecs import binary_bases
+from hf_r2.codecs.binary_bases import fold, nearest_codes, solve
 from hf_r2.codecs.settings import CodecSettings
 from hf_r2.grain import blocks, group_counts, join
 
@@ -55,6 +56,11 @@ def dequantize(
 ) -> Tensor:
     """Turn uint8 codes and their codebook into the float32 weight, of the codes' shape unless another is given."""
     codes = codes if shape is None else codes.reshape(tuple(shape))
-    tables = levels(codebook["basis"]).split(group_counts(codes.shape, settings.grain))
+    tables = levels(codebook, settings).split(group_counts(codes.shape, settings.grain))
     parts = blocks(codes, settings.grain)
     return join([t.gather(1, c.long()) for c, t in zip(parts, tables, strict=True)], codes.shape, settings.grain)
+
+
+def levels(codebook: dict[str, Tensor], settings: CodecSettings) -> Tensor:
+    """List the values of all codes, float32 `(groups, 2^bits)`."""
+    return binary_bases.levels(codebook["basis"])

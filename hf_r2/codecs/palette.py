@@ -87,6 +87,11 @@ def dequantize(
     return join([part[:, :size] for part, size in zip(entries, sizes, strict=True)], shape, settings.grain)
 
 
+def levels(codebook: dict[str, Tensor], settings: CodecSettings) -> Tensor:
+    """List the values of all codes, float32 `(groups, 2^bits)`, for `cluster_dim` 1."""
+    return codebook["lut"]
+
+
 def vectors(block: Tensor, d: int) -> Tensor:
     """Cut the groups of a block `(groups, n)` into vectors `(groups, ⌈n / d⌉, d)` of consecutive elements.
 

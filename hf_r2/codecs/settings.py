@@ -6,7 +6,7 @@ from hf_r2.grain import Grain, parse_grain
 
 METHODS = ("uniform", "palette", "least_squares")
 GRIDS = ("restricted", "full", "midrise")
-RANGES = ("min_max", "mse")
+RANGES = ("min_max", "mse", "percentile")
 BASES = ("optimal", "greedy", "ternary")
 _OPTIONS = {
     "symmetric": "uniform",
@@ -14,6 +14,7 @@ _OPTIONS = {
     "range": "uniform",
     "cluster_dim": "palette",
     "basis": "least_squares",
+    "percentile": "uniform",
 }
 
 
@@ -28,11 +29,14 @@ class CodecSettings:
         symmetric: uniform only: levels on both sides of zero (the default), or an affine grid with a zero point.
         grid: symmetric uniform only: `"restricted"` (the default; 2 bits are {−1, 0, 1}·max|W|), `"full"` (one more
             level on the negative side) or `"midrise"` (2^bits levels, none of them zero).
-        range: uniform only: `"min_max"` (the default) or `"mse"`, the range of least squared error.
+        range: uniform only: `"min_max"` (the default), `"mse"`, the range of least squared error, or `"percentile"`,
+            which leaves the outermost elements of a group outside.
         cluster_dim: palette only: elements that share a code, 1 (the default) to 64. The entries of a look-up table
             are vectors of so many values, and b bits of code make b / cluster_dim bits per weight.
         basis: least_squares only: `"optimal"` (the default; exact for 1 and 2 bits, refined from greedy beyond),
             `"greedy"`, or `"ternary"` (2 bits; levels −2v, 0 and 2v).
+        percentile: range `"percentile"` only: the percentage p of a group's magnitudes that the grid covers, 50–100
+            (99.9 by default). An affine grid reaches from the (100 − p)-th to the p-th percentile of the values.
 
     Raises:
         ValueError: for a value outside these, and for an option that the method does not have.
@@ -46,6 +50,7 @@ class CodecSettings:
     range: str | None = None
     cluster_dim: int | None = None
     basis: str | None = None
+    percentile: float | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -80,6 +85,15 @@ class CodecSettings:
             object.__setattr__(self, "range", "min_max")
         if self.range not in RANGES:
             raise ValueError(f"unknown range {self.range!r}: use one of {', '.join(RANGES)}")
+        if self.range != "percentile":
+            if self.percentile is not None:
+                raise ValueError(f"percentile={self.percentile!r} needs range='percentile', not {self.range!r}")
+            return
+        if self.percentile is None:
+            object.__setattr__(self, "percentile", 99.9)
+        number = isinstance(self.percentile, int | float) and not isinstance(self.percentile, bool)
+        if not number or not 50 <= self.percentile <= 100:
+            raise ValueError(f"percentile={self.percentile!r} is not a number from 50 to 100")
 
     def _complete_palette(self) -> None:
         if self.cluster_dim is None:
@@ -96,7 +110,7 @@ class CodecSettings:
         if self.basis == "ternary" and self.bits != 2:
             raise ValueError(f"basis='ternary' has three levels, in codes of 2 bits: set bits=2, not {self.bits}")
 
-    def to_dict(self) -> dict[str, str | int | bool]:
+    def to_dict(self) -> dict[str, str | int | float | bool]:
         """Return the settings that the method has, as JSON holds them; a `cluster_dim` of 1 goes without saying."""
         content = {key: value for key, value in asdict(self).items() if value is not None}
         if self.cluster_dim == 1:

@@ -8,9 +8,11 @@ All grids are one formula, `value = (code − offset) · scale`, with unsigned c
 | full | r / ((2^b − 1) / 2) | 2^(b−1) | 0 … 2^b − 1: one more level below zero than above |
 | midrise | r / 2^(b−1) | 2^(b−1) − ½ | 0 … 2^b − 1: centres of 2^b equal cells of [−r, r], zero not among them |
 | affine | (max(W, 0) − min(W, 0)) / (2^b − 1) | zero point, a whole number | 0 … 2^b − 1 |
+
+With `range="percentile"` percentiles take the places of the extremes; elements beyond them get the outermost codes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from hf_r2.codecs.settings import CodecSettings
 from hf_r2.grain import blocks, group_counts, join
 
 _COARSE, _FINE = 128, 33  # candidates of the two passes of the range search
+_PART = 1 << 20  # elements that are searched for a percentile at a time
 
 
 def codebook_like(shape: Sequence[int], settings: CodecSettings) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -40,7 +43,7 @@ def quantize(weight: Tensor, settings: CodecSettings) -> tuple[Tensor, dict[str,
     codes, scales, offsets = [], [], []
     for block in blocks(weight, settings.grain):
         block = block.float()
-        scale, offset = _min_max(block, settings)
+        scale, offset = _covering(block, settings)
         if settings.range == "mse":
             scale = _least_squared_error(block, scale, offset, settings)
         codes.append(_round(block, scale, offset, settings).to(torch.uint8))
@@ -57,10 +60,37 @@ def dequantize(
 ) -> Tensor:
     """Turn uint8 codes and their codebook into the float32 weight, of the codes' shape unless another is given."""
     codes = codes if shape is None else codes.reshape(tuple(shape))
-    counts = group_counts(codes.shape, settings.grain)
-    offset = codebook["zero"].float() if "zero" in codebook else _symmetric_offset(codebook["scale"], settings)
-    parts = zip(blocks(codes, settings.grain), codebook["scale"].split(counts), offset.split(counts), strict=True)
+    parts = _with_grids(codes, codebook, settings)
     return join([(code - off[:, None]) * scale[:, None] for code, scale, off in parts], codes.shape, settings.grain)
+
+
+def unrounded(weight: Tensor, codebook: dict[str, Tensor], settings: CodecSettings) -> Tensor:
+    """Place a weight `(out, in, …)` on its grid: float32 codes with fractions, beyond the limits for outliers."""
+    parts = _with_grids(weight, codebook, settings)
+    return join([_unrounded(block.float(), *grid) for block, *grid in parts], weight.shape, settings.grain)
+
+
+def code_limits(settings: CodecSettings) -> tuple[int, int]:
+    """Return the lowest and the highest code that is used."""
+    return 1 if settings.grid == "restricted" else 0, 2**settings.bits - 1
+
+
+def levels(codebook: dict[str, Tensor], settings: CodecSettings) -> Tensor:
+    """List the values of all codes, float32 `(groups, 2^bits)`; infinity for a code that is not used."""
+    codes = torch.arange(2.0**settings.bits, device=codebook["scale"].device)
+    table = (codes - _offsets(codebook, settings)[:, None]) * codebook["scale"][:, None]
+    return table.masked_fill(codes < code_limits(settings)[0], torch.inf)
+
+
+def _with_grids(weight: Tensor, codebook: dict[str, Tensor], settings: CodecSettings) -> Iterator[tuple[Tensor, ...]]:
+    """Cut a weight, or its codes, into blocks, each with the scales and offsets of its groups."""
+    counts = group_counts(weight.shape, settings.grain)
+    grids = codebook["scale"].split(counts), _offsets(codebook, settings).split(counts)
+    return zip(blocks(weight, settings.grain), *grids, strict=True)
+
+
+def _offsets(codebook: dict[str, Tensor], settings: CodecSettings) -> Tensor:
+    return codebook["zero"].float() if "zero" in codebook else _symmetric_offset(codebook["scale"], settings)
 
 
 def _symmetric_offset(like: Tensor, settings: CodecSettings) -> Tensor:
@@ -68,17 +98,55 @@ def _symmetric_offset(like: Tensor, settings: CodecSettings) -> Tensor:
     return torch.full_like(like, half - 0.5 if settings.grid == "midrise" else half)
 
 
-def _min_max(block: Tensor, settings: CodecSettings) -> tuple[Tensor, Tensor]:
-    """Scale and offset of each group of a block `(groups, n)` that cover all of its elements."""
+def _covering(block: Tensor, settings: CodecSettings) -> tuple[Tensor, Tensor]:
+    """Scale and offset of each group of a block `(groups, n)` that cover its elements, or the percentile of them."""
+    scale, offset = _grid(block, settings, torch.amax)
+    if settings.percentile is None:
+        return scale, offset
+    inner_scale, inner_offset = _grid(block, settings, lambda part, dim: percentile(part, settings.percentile))
+    # A group of nearly nothing but zeros has no range up to its percentile, and keeps its whole range
+    found = inner_scale > 0
+    return torch.where(found, inner_scale, scale), torch.where(found, inner_offset, offset)
+
+
+def _grid(block: Tensor, settings: CodecSettings, largest: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    """Scale and offset of each group for ends that `largest` finds."""
     half = 2 ** (settings.bits - 1)
     if settings.symmetric:
         steps = {"restricted": half - 1, "full": (2 * half - 1) / 2, "midrise": half}[str(settings.grid)]
-        scale = block.abs().amax(dim=1) / steps
+        scale = largest(block.abs(), dim=1) / steps
         return scale, _symmetric_offset(scale, settings)
-    low, high = block.amin(dim=1).clamp_max(0), block.amax(dim=1).clamp_min(0)
+    low, high = -largest(-block, dim=1).clamp_min(0), largest(block, dim=1).clamp_min(0)
     steps = 2 * half - 1
     scale = high / steps - low / steps
     return scale, (-low / _divisor(scale)).round().clamp_max(steps)
+
+
+def percentile(block: Tensor, percentage: float) -> Tensor:
+    """Percentile of each group, linear between the two elements next to its rank, as NumPy's default.
+
+    Only the elements from the rank upwards are kept while a block is walked through, so that the memory is bounded by
+    those, and the work is linear in the elements.
+
+    Args:
+        block: `(groups, n)`, float32.
+        percentage: 0–100; memory is least near 100.
+
+    Returns:
+        float32 `(groups,)`.
+    """
+    n = block.shape[1]
+    rank = (n - 1) * percentage / 100
+    kept = n - int(rank)
+    found = []
+    for band in block.split(max(1, _PART // n)):
+        top = band[:, :0]
+        for part in band.split(max(_PART, kept), dim=1):
+            joined = torch.cat([top, part], dim=1)
+            top = joined.topk(min(kept, joined.shape[1]), dim=1, sorted=False).values
+        ends = top.topk(min(2, kept), dim=1, largest=False).values
+        found.append(torch.lerp(ends[:, 0], ends[:, -1], rank - int(rank)))
+    return torch.cat(found)
 
 
 def _divisor(scale: Tensor) -> Tensor:
@@ -88,8 +156,11 @@ def _divisor(scale: Tensor) -> Tensor:
 
 def _round(block: Tensor, scale: Tensor, offset: Tensor, settings: CodecSettings) -> Tensor:
     """Nearest code of each element, still in float32."""
-    lowest = 1 if settings.grid == "restricted" else 0
-    return (block / _divisor(scale)[:, None] + offset[:, None]).round().clamp(lowest, 2**settings.bits - 1)
+    return _unrounded(block, scale, offset).round().clamp(*code_limits(settings))
+
+
+def _unrounded(block: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    return block / _divisor(scale)[:, None] + offset[:, None]
 
 
 def _least_squared_error(block: Tensor, full: Tensor, offset: Tensor, settings: CodecSettings) -> Tensor:

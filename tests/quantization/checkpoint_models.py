@@ -50,6 +50,7 @@ CODECS: dict[str, dict[str, Any]] = {
     "palette": {"method": "palette", "bits": 3},
     "vectors": {"method": "palette", "bits": 4, "cluster_dim": 3},
     "searched_range": {"method": "uniform", "bits": 5, "range": "mse"},
+    "percentile": {"method": "uniform", "bits": 4, "range": "percentile", "percentile": 95.0},
     "full": {"method": "uniform", "bits": 3, "grid": "full"},
     "two_scales": {"method": "least_squares", "bits": 2},
     "greedy": {"method": "least_squares", "bits": 3, "basis": "greedy"},
