@@ -10,7 +10,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_r2.aware import AWARE_METHODS, ActivationSettings, DKMOptions
 from hf_r2.codecs import CodecSettings
 from hf_r2.grain import Grain
-from hf_r2.refine import REFINEMENTS
+from hf_r2.refine import in_order
 from hf_r2.selection import matches
 
 QUANT_METHOD = "hf_r2"
@@ -31,6 +31,7 @@ class R2QuantizationConfig(QuantizationConfigMixin):
         range: see [`CodecSettings`].
         cluster_dim: see [`CodecSettings`].
         basis: see [`CodecSettings`].
+        percentile: see [`CodecSettings`].
         overrides: settings by parameter name or shell pattern: `{"classifier.*": {"bits": 8}}`, or the same as a list
             of pairs. Later ones win; one that changes the method leaves the other method's options behind.
         include: patterns of the weights to compress, see [`select_weights`]; every Linear and Conv without.
@@ -40,8 +41,12 @@ class R2QuantizationConfig(QuantizationConfigMixin):
             compresses after training.
         aware_options: options of the method: see [`DKMOptions`]; the others have none.
         activations: quantization of the compressed layers' inputs, see [`ActivationSettings`]; None leaves them float.
-        refine: steps after compression, in this order: `"batch_norm"` re-estimates batch-norm statistics on
-            unlabelled calibration data ([`R2Quantizer.quantize`] does it).
+        refine: post-training steps, taken in this order however they are listed. Before compression, without data:
+            `"equalize"` (cross-layer equalization, with batch norms folded) and `"absorb_bias"`, both for ResNet,
+            MobileNetV1 and MobileNetV2. As compression, on unlabelled calibration data, which only
+            [`R2Quantizer.quantize`] takes: `"adaround"` (uniform codecs) or `"compensate"` (error-compensated rounding,
+            any codec). After it, on such data: `"bias_correction"`, and `"batch_norm"`, which re-estimates
+            batch-norm statistics.
         format_version: version of the on-disk format; written by hf_r2.
         sha256: digests of the checkpoint's content; written by hf_r2.
         **unknown: refused.
@@ -60,6 +65,7 @@ class R2QuantizationConfig(QuantizationConfigMixin):
         range: str | None = None,
         cluster_dim: int | None = None,
         basis: str | None = None,
+        percentile: float | None = None,
         overrides: Mapping[str, Mapping[str, Any]] | Sequence[tuple[str, Mapping[str, Any]]] | None = None,
         include: Sequence[str] | None = None,
         skip: Sequence[str] | None = None,
@@ -82,7 +88,7 @@ class R2QuantizationConfig(QuantizationConfigMixin):
         known = (*_CODEC_OPTIONS, "overrides", "include", "skip", "min_numel", *_TRAINED, "refine")
         _refuse_unknown(unknown, known, "R2QuantizationConfig")
         self.quant_method = QUANT_METHOD
-        base = CodecSettings(method, bits, grain, symmetric, grid, range, cluster_dim, basis)
+        base = CodecSettings(method, bits, grain, symmetric, grid, range, cluster_dim, basis, percentile)
         for option in _CODEC_OPTIONS:
             setattr(self, option, getattr(base, option))
         self.overrides = _pairs(overrides)
@@ -91,12 +97,12 @@ class R2QuantizationConfig(QuantizationConfigMixin):
         self.min_numel = min_numel
         self.aware = aware
         self.aware_options = dict(aware_options or {})
+        self.refine = in_order(_strings(refine, "refine") or ())
         self._check_aware()
         self.activations = None
         if activations is not None:
             _refuse_unknown(activations, ActivationSettings.names(), "activations")
             self.activations = ActivationSettings(**activations).to_dict()
-        self.refine = _strings(refine, "refine")
         self.format_version = format_version
         self.sha256 = sha256
         if isinstance(min_numel, bool) or not isinstance(min_numel, int) or min_numel < 0:
@@ -105,9 +111,6 @@ class R2QuantizationConfig(QuantizationConfigMixin):
             raise ValueError(
                 "include is empty and would compress nothing; leave it out to compress every Linear and Conv"
             )
-        for step in self.refine or ():
-            if step not in REFINEMENTS:
-                raise ValueError(f"unknown refinement {step!r}: use one of {', '.join(REFINEMENTS)}")
         for pattern, options in self.overrides:
             _refuse_unknown(options, _CODEC_OPTIONS, f"overrides[{pattern!r}]")
             _override(base, options)
@@ -117,6 +120,9 @@ class R2QuantizationConfig(QuantizationConfigMixin):
             if self.aware_options:
                 raise ValueError(f"aware_options={self.aware_options} without a method: set aware to one")
             return
+        beside = [step for step in self.refine if step != "batch_norm"]
+        if beside:
+            raise ValueError(f"refine={beside} is for post-training compression: remove it, or aware={self.aware!r}")
         if self.aware not in AWARE_METHODS:
             raise ValueError(f"unknown method aware={self.aware!r}: use one of {', '.join(AWARE_METHODS)}")
         codec = AWARE_METHODS[self.aware]
@@ -166,8 +172,10 @@ def _override(settings: CodecSettings, options: Mapping[str, Any]) -> CodecSetti
     kept = settings.to_dict()
     if options.get("method", settings.method) != settings.method:
         kept = {"bits": settings.bits, "grain": settings.grain}
-    elif options.get("symmetric") is False:
+    if options.get("symmetric") is False:
         kept.pop("grid", None)
+    if options.get("range", settings.range) != settings.range:
+        kept.pop("percentile", None)
     return CodecSettings(**{**kept, **options})
 
 

@@ -1,6 +1,6 @@
 """The transformers quantizer behind `from_pretrained` and `save_pretrained`; the format is on FORMAT.md."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from hf_r2.codecs import CODECS, Encoded, decode, encode
 from hf_r2.codecs.bitpack import packed_size
 from hf_r2.quantization.config import R2QuantizationConfig
 from hf_r2.quantization.integrity import content_digests, verify_content, verify_layout, verify_settings
+from hf_r2.refine import refine_floats, refuse_steps_with_data
 from hf_r2.selection import matches, output_first, require_match, select_weights
 
 
@@ -38,6 +39,7 @@ class R2HfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: R2QuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.encoded: dict[str, Encoded] = {}
+        self.steps: Sequence[str] = ()  # of refinement that are still to take
 
     def selection(self, model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         """Select the weights that the config compresses.
@@ -71,6 +73,8 @@ class R2HfQuantizer(HfQuantizer):
     ) -> None:
         """Give a compressed checkpoint a skeleton whose tensors have the names, shapes and dtypes of the file."""
         if not self.pre_quantized:
+            self.steps = self.quantization_config.refine
+            refuse_steps_with_data(self.steps)
             return
         verify_layout(checkpoint_files or [], self.quantization_config.sha256)
         try:
@@ -97,7 +101,8 @@ class R2HfQuantizer(HfQuantizer):
                 module.register_buffer(f"{attribute}_{key}", torch.empty(size, dtype=dtype, device="meta"))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        """Decode a compressed checkpoint's weights, or compress a float model's."""
+        """Decode a compressed checkpoint's weights, or refine and compress a float model's."""
+        refine_floats(model, self.steps)
         selection = self.selection(model)
         if self.pre_quantized:
             self._collect(selection)
@@ -194,18 +199,22 @@ def layers_with_inputs(
 def compress(
     model: PreTrainedModel, config: R2QuantizationConfig, encoded: Mapping[str, Encoded] | None = None
 ) -> PreTrainedModel:
-    """Compress a float model in place, so that `save_pretrained` writes packed codes.
+    """Refine and compress a float model in place, so that `save_pretrained` writes packed codes.
 
     Args:
         model: float model.
         config: how its weights are compressed.
-        encoded: weights that are compressed already, by parameter name.
+        encoded: weights that are compressed already, by parameter name; the steps of `refine` are then the caller's.
 
     Raises:
-        ValueError: if it is already compressed, or as `encode` and `select_weights` do.
+        ValueError: if it is already compressed, for a step of `refine` that needs calibration data, and as the other
+            steps, `encode` and `select_weights` do.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("the model is already quantized; load the float checkpoint again, or call model.dequantize()")
+    if encoded is None:
+        refuse_steps_with_data(config.refine)
+        refine_floats(model, config.refine)
     quantizer = R2HfQuantizer(config, pre_quantized=False)
     quantizer.encoded.update(encoded or {})
     quantizer.postprocess_model(model)

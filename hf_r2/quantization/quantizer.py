@@ -3,7 +3,7 @@
 import inspect
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from hf_r2.codecs import Encoded, decode, mse, sqnr
 from hf_r2.files import atomic_directory, weight_file_bytes
 from hf_r2.quantization.config import R2QuantizationConfig
 from hf_r2.quantization.hf_quantizer import compress
-from hf_r2.refine import reestimate_batch_norm
+from hf_r2.refine import REFINEMENTS, Refinement, refine_floats
 from hf_r2.report.manifest import Manifest
 from hf_r2.report.statistics import moments, weight_statistics
 from hf_r2.selection import output_first, select_weights
@@ -63,31 +63,36 @@ class R2Quantizer(OptimumQuantizer):
         Args:
             save_dir: where the compressed checkpoint goes.
             quantization_config: how the weights are compressed.
-            calibration_dataset: examples for `refine`: a map-style dataset of model inputs, or an iterable of batches
-                (mappings of tensors). Labels are ignored.
+            calibration_dataset: examples for `refine` and averages of activations: a map-style dataset of model
+                inputs, or an iterable of batches (mappings of tensors), which is read once and kept. Labels are
+                ignored.
             batch_size: examples of a calibration batch, for a dataset.
 
         Returns:
             The compressed model, its weights decoded.
 
         Raises:
-            ValueError: for a refinement without calibration data, and as [`compress`] and [`select_weights`] do.
+            ValueError: for a refinement without calibration data, and as the refinements, [`compress`] and
+                [`select_weights`] do.
         """
         start = time.perf_counter()
-        if quantization_config.refine and calibration_dataset is None:
-            raise ValueError(f"refine={quantization_config.refine} needs a calibration_dataset")
+        needing = [step for step in quantization_config.refine if REFINEMENTS[step]]
+        if needing and calibration_dataset is None:
+            raise ValueError(f"refine={needing} needs a calibration_dataset")
         activations = quantization_config.activation_settings()
         averaged = activations is not None and activations.moving_average != "off"
         if averaged and calibration_dataset is None:
             raise ValueError(f"moving_average={activations.moving_average!r} needs a calibration_dataset")
         model = load_float_model(self.source)
-        floats = FloatWeights(model, quantization_config)
         float_bytes = weight_file_bytes(self.source) or sum(tensor.nbytes for tensor in model.state_dict().values())
-        compress(model, quantization_config)
+        batches = _Batches(model, calibration_dataset, batch_size)
+        refine_floats(model, quantization_config.refine)
+        floats = FloatWeights(model, quantization_config)
+        refinement = Refinement(quantization_config.refine, floats.selection, batches)
+        compress(model, quantization_config, encoded=refinement.round_weights(model, quantization_config))
         if averaged:
-            observe_inputs(model, _batches(model, calibration_dataset, batch_size))
-        if "batch_norm" in quantization_config.refine:
-            reestimate_batch_norm(model, _batches(model, calibration_dataset, batch_size))
+            observe_inputs(model, batches)
+        refinement.correct(model)
 
         manifest = Manifest.load(self.source) if os.path.isdir(self.source) else Manifest()
         with atomic_directory(save_dir) as scratch:
@@ -135,19 +140,37 @@ def _model_class(source: str) -> type[PreTrainedModel]:
     return model_class
 
 
-def _batches(model: PreTrainedModel, dataset: Any, batch_size: int) -> Iterable[Mapping[str, Any]]:
-    """Batches of the inputs that the model's forward takes, without labels."""
-    accepted = set(inspect.signature(model.forward).parameters) - {"labels"}
-    if hasattr(dataset, "__getitem__") and not isinstance(dataset, list):
-        dataset = DataLoader(dataset, batch_size=batch_size, collate_fn=default_data_collator)
-    for batch in dataset:
-        yield {key: value for key, value in batch.items() if key in accepted}
+class _Batches:
+    """Batches of the inputs that a model's forward takes, without labels, the same at every walk through them.
+
+    Args:
+        model: whose inputs they are.
+        dataset: map-style dataset of examples, which are read at every walk; or batches, which are kept.
+        batch_size: examples of a batch, for a dataset.
+    """
+
+    def __init__(self, model: PreTrainedModel, dataset: Any, batch_size: int) -> None:
+        self._accepted = set(inspect.signature(model.forward).parameters) - {"labels"}
+        examples = hasattr(dataset, "__getitem__") and not isinstance(dataset, list)
+        self._batches = (
+            DataLoader(dataset, batch_size=batch_size, collate_fn=default_data_collator)
+            if examples
+            else list(() if dataset is None else dataset)
+        )
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self._batches:
+            yield {key: value for key, value in batch.items() if key in self._accepted}
 
 
 class FloatWeights:
     """The weights that a config compresses, as they are before, for the manifest.
 
     Attributes:
+        selection: the weights in the model, see [`select_weights`].
         weights: copies by parameter name, output channels first.
 
     Args:
@@ -158,9 +181,10 @@ class FloatWeights:
     def __init__(self, model: nn.Module, config: R2QuantizationConfig) -> None:
         patterns = (config.include, config.skip, config.min_numel)
         self._statistics = weight_statistics(model, *patterns)
+        self.selection = select_weights(model, *patterns)
         self.weights = {
             name: output_first(module, getattr(module, attribute)).detach().clone()
-            for name, (module, attribute) in select_weights(model, *patterns).items()
+            for name, (module, attribute) in self.selection.items()
         }
 
     def compared_with(self, encoded: Mapping[str, Encoded]) -> list[dict[str, Any]]:

@@ -24,9 +24,17 @@ class TrainedCompression:
     Args:
         config: how; without a method in `aware` the model is compressed after training.
         start_ratio: share of the steps after which compression-aware training begins.
+
+    Raises:
+        ValueError: for a config with steps of `refine`, which are for [`R2Quantizer`].
     """
 
     def __init__(self, config: R2QuantizationConfig, start_ratio: float) -> None:
+        if config.refine:
+            raise ValueError(
+                f"the Trainer takes no steps of refine={config.refine}: leave them out, save the float model and "
+                "compress it with R2Quantizer.from_pretrained(…).quantize(…)"
+            )
         self.config = config
         self.start_ratio = start_ratio
         self.facts: dict[str, Any] = {}

@@ -30,6 +30,7 @@ ROUND_TRIPS = [
     {"method": "palette", "cluster_dim": 4, "overrides": {"*.mlp.*": {"cluster_dim": 2}, "c*": {"cluster_dim": 1}}},
     {"overrides": {"*.mlp.*": {"method": "palette", "cluster_dim": 64}, "*.1.*": {"bits": 8}}},
     {"method": "least_squares", "bits": 2, "basis": "ternary", "overrides": {"c*": {"basis": "greedy", "bits": 5}}},
+    {"range": "percentile", "percentile": 99.5, "overrides": {"c*": {"range": "mse"}, "*.1.*": {"percentile": 98}}},
     {"overrides": {"*.mlp.*": {"method": "least_squares", "bits": 1}, "*.1.*": {"grain": 16}}},
 ]
 
@@ -228,7 +229,12 @@ def test_an_override_turns_affine_on_and_off():
         ({"skip": [5]}, "skip is a list of patterns"),
         ({"min_numel": -1}, "min_numel"),
         ({"min_numel": "many"}, "min_numel"),
-        ({"refine": ["bias"]}, "unknown refinement 'bias': use one of batch_norm"),
+        ({"refine": ["bias"]}, "unknown refinement 'bias': use one of equalize, absorb_bias, .*batch_norm"),
+        ({"refine": ["adaround", "compensate"]}, "adaround and compensate both round the weights: keep one"),
+        (
+            {"method": "palette", "aware": "dkm", "refine": ["batch_norm", "equalize"]},
+            r"refine=\['equalize'\] is for post-training compression: remove it, or aware='dkm'",
+        ),
         ({"refine": "batch_norm"}, r"refine is a list.*\['batch_norm'\]"),
         ({"quant_method": "gptq"}, "quant_method 'hf_r2'"),
         ({"format_version": FORMAT_VERSION + 1}, rf"format version {FORMAT_VERSION + 1}.*pip install -U hf_r2"),
@@ -240,6 +246,13 @@ def test_an_override_turns_affine_on_and_off():
 def test_a_bad_value_is_refused_with_what_to_do(given, message):
     with pytest.raises(ValueError, match=message):
         R2QuantizationConfig(**given)
+
+
+def test_steps_of_refinement_are_put_into_their_order():
+    config = R2QuantizationConfig(refine=["batch_norm", "bias_correction", "adaround", "equalize", "batch_norm"])
+    assert config.refine == ["equalize", "adaround", "bias_correction", "batch_norm"]
+    assert R2QuantizationConfig(**through_json(config)).refine == config.refine
+    assert R2QuantizationConfig().refine == []
 
 
 def test_a_newer_format_is_refused_before_its_new_keys():
