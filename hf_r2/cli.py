@@ -66,6 +66,11 @@ def quantize(
     grain: Annotated[str, typer.Option(help="'tensor', 'channel' or a group size.")] = "channel",
     cluster_dim: Annotated[int | None, typer.Option(help="palette: elements that share a code, 1–64.")] = None,
     basis: Annotated[str | None, typer.Option(help="least_squares: optimal, greedy or ternary.")] = None,
+    range_: Annotated[str | None, typer.Option("--range", help="uniform: min_max, mse or percentile.")] = None,
+    percentile: Annotated[float | None, typer.Option(help="--range percentile: percentage covered, 50–100.")] = None,
+    refine: Annotated[
+        list[str] | None, typer.Option(help="Step before compression: equalize or absorb_bias. May be repeated.")
+    ] = None,
 ) -> None:
     """Compress a float checkpoint and write its model card.
 
@@ -75,7 +80,8 @@ def quantize(
     from hf_r2.report import render_card
 
     with _clear_errors():
-        config = R2QuantizationConfig(method=method, bits=bits, grain=grain, cluster_dim=cluster_dim, basis=basis)
+        options = {"cluster_dim": cluster_dim, "basis": basis, "range": range_, "percentile": percentile}
+        config = R2QuantizationConfig(method=method, bits=bits, grain=grain, refine=refine or (), **options)
         R2Quantizer.from_pretrained(model).quantize(output, config)
         render_card(output)
     typer.echo(f"{output} holds the compressed checkpoint and its card")

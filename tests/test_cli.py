@@ -47,6 +47,19 @@ def test_quantize_makes_palettes_of_vectors(checkpoint, tmp_path):
     assert {encoded.settings.cluster_dim for encoded in model.hf_quantizer.encoded.values()} == {4}
 
 
+def test_quantize_equalizes_and_leaves_outliers_outside(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    options = ["--refine", "equalize", "--refine", "absorb_bias", "--range", "percentile", "--percentile", "99"]
+    result = run(app, ["quantize", str(checkpoint), str(out), *options])
+    assert result.exit_code == 0, result.output
+    model = AutoModelForImageClassification.from_pretrained(out)
+    assert {encoded.settings.percentile for encoded in model.hf_quantizer.encoded.values()} == {99.0}
+    assert model.config.quantization_config.refine == ["equalize", "absorb_bias"]
+    result = run(app, ["quantize", str(checkpoint), str(out), "--refine", "adaround"])
+    assert result.exit_code == 1
+    assert "needs a calibration_dataset" in result.output
+
+
 def test_quantize_makes_ternary_weights(checkpoint, tmp_path):
     out = tmp_path / "out"
     options = ["--method", "least_squares", "--bits", "2", "--basis", "ternary"]

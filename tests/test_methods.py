@@ -5,7 +5,8 @@ import pytest
 from hf_r2.aware import AWARE_METHODS
 from hf_r2.codecs import CODECS, METHODS
 from hf_r2.losses import RANGE_LOSSES
-from hf_r2.report.card import AWARE_SENTENCES, LOSS_SENTENCES, METHOD_SENTENCES
+from hf_r2.refine import REFINEMENTS
+from hf_r2.report.card import AWARE_SENTENCES, LOSS_SENTENCES, METHOD_SENTENCES, REFINEMENT_SENTENCES
 from hf_r2.training.arguments import R2TrainingArguments
 
 ROOT = Path(__file__).parent.parent
@@ -42,3 +43,11 @@ def test_aware_method_is_tested_documented_and_has_card_text(method):
     assert f"| `{method}` |" in README
     assert method in AWARE_SENTENCES
     assert method in R2TrainingArguments.__dataclass_fields__["r2_aware"].metadata["help"]
+
+
+@pytest.mark.parametrize("step", REFINEMENTS)
+def test_refinement_is_tested_documented_and_has_card_text(step):
+    assert f'"{step}"' in read_tests("refine")
+    assert f"| `{step}` |" in README
+    assert f'`"{step}"`' in FORMAT
+    assert step in REFINEMENT_SENTENCES

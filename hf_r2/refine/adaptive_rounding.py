@@ -73,7 +73,7 @@ def adaround(
             for (inputs, _), (_, outputs) in pairs:
                 parts.append(_sample(layer, inputs, outputs, max(1, rows), generator))
         problem = LayerProblem(layer, *map(torch.cat, zip(*parts, strict=True)), found.following[name])
-        return round_adaptively(weight, nearest, problem)
+        return round_adaptively(weight, nearest, problem, _ITERATIONS)
 
     return round_in_sequence(model, selection, config, batches, rounding, "Rounding adaptively")
 
@@ -110,7 +110,7 @@ class LayerProblem:
 
 
 @torch.enable_grad()
-def round_adaptively(weight: Tensor, nearest: Encoded, problem: LayerProblem, iterations: int = _ITERATIONS) -> Encoded:
+def round_adaptively(weight: Tensor, nearest: Encoded, problem: LayerProblem, iterations: int) -> Encoded:
     """Learn the rounding of one weight on the grid of its nearest rounding.
 
     Args:

@@ -1,7 +1,7 @@
 """Bias correction: take back the mean shift of outputs that compression makes (Nagel et al., arXiv 1906.04721, 4.2).
 
-Compressed weights W + ε answer to inputs x with E[ε x] more in the mean. Where x comes from a batch norm with bias β and
-weight γ and a ReLU, E[x] is known without data: for a normal distribution of mean β and deviation |γ|
+Compressed weights W + ε answer to inputs x with E[ε x] more in the mean. Where x comes from a batch norm with bias β
+and weight γ and a ReLU, E[x] is known without data: for a normal distribution of mean β and deviation |γ|
 
     E[ReLU(z)] = β Φ(β / |γ|) + |γ| φ(β / |γ|),    E[ReLU6(z)] = E[ReLU(z)] − E[ReLU(z − 6)].
 

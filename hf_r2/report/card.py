@@ -26,6 +26,14 @@ AWARE_SENTENCES = {
     "least_squares": "least-squares binary quantization, which the weights were trained through, and whose levels are "
     "the signed sums of {bits} scales",
 }
+REFINEMENT_SENTENCES = {
+    "equalize": "cross-layer equalization with folded batch norms",
+    "absorb_bias": "absorption of high biases",
+    "adaround": "adaptive rounding (AdaRound)",
+    "compensate": "error-compensated rounding",
+    "bias_correction": "bias correction",
+    "batch_norm": "re-estimation of batch norms",
+}
 LOSS_SENTENCES = {
     "l_inf": "the largest magnitude of each group",
     "margin": "a learnable margin of each group and what stands outside it",
@@ -81,6 +89,7 @@ def _card_facts(manifest: Manifest) -> dict[str, Any]:
         "config": {**config, "bits": f"{config['bits']}{_over(config, '/')}"},
         "bits_tag": f"{config['bits']}-bit{_over(config, '-over-')}",
         "method_sentence": _method_sentence(config),
+        "refinements": [REFINEMENT_SENTENCES[step] for step in config.get("refine") or ()],
         "r2_sentence": _r2_sentence(train.get("r2")),
         "distillation": train.get("distillation"),
         "activation_sentence": _activation_sentence(config.get("activations")),

@@ -37,7 +37,7 @@ def images(seed=0, count=3, size=6):
 
 
 def build(family, high_bias=False):
-    """Build a model; on the images of seed 1 activations stay below 6, and with high biases are far above 0 in many channels."""
+    """Build a model; on the images of seed 1 its activations stay below 6, and high biases are far above 0."""
     torch.manual_seed(0)
     model = MODELS[family]().eval()
     for module in model.modules():

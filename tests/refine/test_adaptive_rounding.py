@@ -43,7 +43,7 @@ def problem_of(weight, seed=0, rows=300, following=()):
 
 
 def every_rounding(weight, settings):
-    codes, codebook = quantize(weight, settings)
+    codebook = quantize(weight, settings)[1]
     down = unrounded(weight, codebook, settings).floor()
     for ups in itertools.product((0.0, 1.0), repeat=weight.numel()):
         up = torch.tensor(ups).view(weight.shape)
@@ -59,7 +59,7 @@ def test_the_rounding_is_near_the_best_of_all(kind, seed):
     problem = problem_of(weight, seed)
     nearest = encode(weight, settings)
     best = min(problem.mean_squared_errors(candidate).item() for candidate in every_rounding(weight, settings))
-    learned = problem.mean_squared_errors(decode(round_adaptively(weight, nearest, problem))).item()
+    learned = problem.mean_squared_errors(decode(round_adaptively(weight, nearest, problem, 1000))).item()
     plain = problem.mean_squared_errors(decode(nearest)).item()
     assert best <= learned <= plain
     assert learned <= 1.6 * best + 1e-9
@@ -92,7 +92,7 @@ def test_what_follows_the_layer_counts():
     weight = torch.randn(6, 12, generator=torch.Generator().manual_seed(5))
     problem = problem_of(weight, following=[nn.ReLU()])
     nearest = encode(weight, CodecSettings(bits=2))
-    learned = round_adaptively(weight, nearest, problem)
+    learned = round_adaptively(weight, nearest, problem, 1000)
     outputs = torch.relu(problem.rows[:, 0] @ decode(learned).T + problem.layer.bias.detach())
     expected = (outputs - torch.relu(problem.targets)).square().mean(dim=0)
     torch.testing.assert_close(problem.mean_squared_errors(decode(learned)), expected, rtol=1e-4, atol=1e-6)
@@ -116,13 +116,13 @@ def test_it_stops_once_every_weight_is_decided(monkeypatch):
     exact = decode(weight) + 1e-4 * weight.codebook["scale"][:, None]
     seen = []
     monkeypatch.setattr(module, "beta_at", lambda progress: seen.append(progress) or 2.0)
-    round_adaptively(exact, weight, problem_of(exact))
+    round_adaptively(exact, weight, problem_of(exact), 1000)
     assert 0 < len(seen) < 700
 
 
 @pytest.mark.parametrize("family", ["resnet", "mobilenet_v1"])
 def test_a_model_is_rounded_in_place_and_beats_nearest_rounding(family, monkeypatch):
-    monkeypatch.setattr(module.round_adaptively, "__defaults__", (100,))
+    monkeypatch.setattr(module, "_ITERATIONS", 100)
     settings, batches = CodecSettings(bits=3), images()
     model, plain, reference = build(family), build(family), build(family)
     selection = select_weights(model)
@@ -138,7 +138,7 @@ def test_a_model_is_rounded_in_place_and_beats_nearest_rounding(family, monkeypa
 
 
 def test_rows_are_kept_within_the_cap(monkeypatch):
-    monkeypatch.setattr(module.round_adaptively, "__defaults__", (2,))
+    monkeypatch.setattr(module, "_ITERATIONS", 2)
     monkeypatch.setattr(module, "_CAPTURED", 40_000)
     sizes = []
     original = module.LayerProblem

@@ -144,7 +144,7 @@ def test_relu6_that_the_config_does_not_name_is_refused():
 @pytest.mark.parametrize("step", [equalize, absorb_bias])
 def test_other_architectures_and_activations_are_refused(step):
     bert = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
-    with pytest.raises(ValueError, match="BertModel has no layers that are known to scale.* MobileNetV2; remove it"):
+    with pytest.raises(ValueError, match=r"BertModel has no layers that are known to scale.* MobileNetV2; remove it"):
         step(bert)
     config = MobileNetV1Config(depth_multiplier=0.0625, min_depth=4, hidden_act="gelu")
     with pytest.raises(ValueError, match="needs ReLU between layers, not GELU"):
