@@ -33,12 +33,13 @@ def test_chains_are_those_of_the_architecture(family):
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("step", STEPS)
 def test_the_float_function_stays(family, step):
-    model = build(family)
+    """In float32, up to a few times the rounding that the model itself makes through its up to 53 layers."""
+    model, exact = build(family), logits(build(family).double())
     before = logits(model)
-    assert (before.std(dim=0) > 0.003).all(), "the images are told apart"
+    assert (before.std(dim=0) > 0.001).all(), "the images are told apart"
     STEPS[step](model)
-    # Float32 rounding through up to 53 layers; the test below is exact
-    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=3e-5)
+    noise, left = ((each.double() - exact).abs().max().item() for each in (before, logits(model)))
+    assert left <= 1e-5 + 4 * noise
 
 
 @pytest.mark.parametrize("family", MODELS)
