@@ -20,6 +20,7 @@ from hf_r2.codecs import Encoded, decode, mse, sqnr
 from hf_r2.files import atomic_directory, weight_file_bytes
 from hf_r2.quantization.config import R2QuantizationConfig
 from hf_r2.quantization.hf_quantizer import compress
+from hf_r2.quantization.quanto import check_quanto, quantize_by_quanto, save_by_quanto
 from hf_r2.refine import REFINEMENTS, Refinement, refine_floats
 from hf_r2.report.manifest import Manifest
 from hf_r2.report.statistics import moments, weight_statistics
@@ -55,6 +56,7 @@ class R2Quantizer(OptimumQuantizer):
         quantization_config: R2QuantizationConfig,
         calibration_dataset: Any = None,
         batch_size: int = 64,
+        backend: str = "hf_r2",
     ) -> PreTrainedModel:
         """Compress the checkpoint and save it with its preprocessors and manifest.
 
@@ -67,14 +69,22 @@ class R2Quantizer(OptimumQuantizer):
                 inputs, or an iterable of batches (mappings of tensors), which is read once and kept. Labels are
                 ignored.
             batch_size: examples of a calibration batch, for a dataset.
+            backend: `"hf_r2"`, or `"quanto"` to leave for optimum-quanto: weights of 2, 4 or 8 bits on its grids, saved
+                as its `QuantizedTransformersModel` reads them, without card and manifest. It is in maintenance, see
+                `hf_r2.quantization.quanto`.
 
         Returns:
-            The compressed model, its weights decoded.
+            The compressed model, its weights decoded; with quanto, as quanto runs it.
 
         Raises:
             ValueError: for a refinement without calibration data, and as the refinements, [`compress`] and
                 [`select_weights`] do.
+            ImportError: for the backend quanto without optimum-quanto.
         """
+        if backend not in ("hf_r2", "quanto"):
+            raise ValueError(f"unknown backend {backend!r}: use 'hf_r2' or 'quanto'")
+        if backend == "quanto":
+            return self._leave_for_quanto(save_dir, quantization_config)
         start = time.perf_counter()
         needing = [step for step in quantization_config.refine if REFINEMENTS[step]]
         if needing and calibration_dataset is None:
@@ -108,6 +118,17 @@ class R2Quantizer(OptimumQuantizer):
                 seconds=time.perf_counter() - start,
             )
             manifest.save(scratch)
+        return model
+
+    def _leave_for_quanto(self, save_dir: str | os.PathLike[str], config: R2QuantizationConfig) -> PreTrainedModel:
+        quanto = check_quanto(config)
+        model = load_float_model(self.source)
+        refine_floats(model, config.refine)
+        quantize_by_quanto(model, config, quanto)
+        with atomic_directory(save_dir) as scratch:
+            save_by_quanto(model, scratch, quanto)
+            for preprocessor in maybe_load_preprocessors(self.source):
+                preprocessor.save_pretrained(scratch)
         return model
 
 
