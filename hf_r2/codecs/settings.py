@@ -24,7 +24,7 @@ class CodecSettings:
 
     Args:
         method: `"uniform"`, `"palette"` or `"least_squares"`.
-        bits: bits of a code: 2–8 for uniform, 1–8 for palette and least_squares.
+        bits: bits of a code: 2–8 for uniform, 1–8 for its midrise grid, for palette and least_squares.
         grain: which elements share a scale, a look-up table or a binary basis.
         symmetric: uniform only: levels on both sides of zero (the default), or an affine grid with a zero point.
         grid: symmetric uniform only: `"restricted"` (the default; 2 bits are {−1, 0, 1}·max|W|), `"full"` (one more
@@ -56,9 +56,9 @@ class CodecSettings:
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}: use one of {', '.join(METHODS)}")
         object.__setattr__(self, "grain", parse_grain(self.grain))
-        fewest = 2 if self.method == "uniform" else 1
+        fewest = 2 if self.method == "uniform" and self.grid != "midrise" else 1
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not fewest <= self.bits <= 8:
-            hint = "; method='palette' goes down to 1 bit" if self.method == "uniform" else ""
+            hint = "; method='palette' goes down to 1 bit, and so does grid='midrise'" if fewest == 2 else ""
             raise ValueError(f"bits={self.bits!r} is not a whole number from {fewest} to 8 for {self.method}{hint}")
         for option, method in _OPTIONS.items():
             if method != self.method and getattr(self, option) is not None:

@@ -1,6 +1,6 @@
 """Uniform quantization: equally spaced levels, a scale per group and, for affine grids, a zero point.
 
-All grids are one formula, `value = (code − offset) · scale`, with unsigned codes of b bits:
+All grids are one formula, `value = (code − offset) · scale`, with unsigned codes of b bits; 1 bit is midrise:
 
 | grid | scale for the range r = max|W| | offset | codes used |
 |---|---|---|---|
@@ -46,7 +46,7 @@ def quantize(weight: Tensor, settings: CodecSettings) -> tuple[Tensor, dict[str,
         scale, offset = _covering(block, settings)
         if settings.range == "mse":
             scale = _least_squared_error(block, scale, offset, settings)
-        codes.append(_round(block, scale, offset, settings).to(torch.uint8))
+        codes.append(nearest(block, scale, offset[:, None], settings).to(torch.uint8))
         scales.append(scale)
         offsets.append(offset)
     codebook = {"scale": torch.cat(scales)}
@@ -67,7 +67,8 @@ def dequantize(
 def unrounded(weight: Tensor, codebook: dict[str, Tensor], settings: CodecSettings) -> Tensor:
     """Place a weight `(out, in, …)` on its grid: float32 codes with fractions, beyond the limits for outliers."""
     parts = _with_grids(weight, codebook, settings)
-    return join([_unrounded(block.float(), *grid) for block, *grid in parts], weight.shape, settings.grain)
+    places = [_unrounded(block.float(), scale, offset[:, None]) for block, scale, offset in parts]
+    return join(places, weight.shape, settings.grain)
 
 
 def code_limits(settings: CodecSettings) -> tuple[int, int]:
@@ -93,33 +94,48 @@ def _offsets(codebook: dict[str, Tensor], settings: CodecSettings) -> Tensor:
     return codebook["zero"].float() if "zero" in codebook else _symmetric_offset(codebook["scale"], settings)
 
 
+def symmetric_offset(settings: CodecSettings) -> float:
+    """Return the offset of a symmetric grid."""
+    return 2 ** (settings.bits - 1) - (0.5 if settings.grid == "midrise" else 0)
+
+
 def _symmetric_offset(like: Tensor, settings: CodecSettings) -> Tensor:
-    half = 2 ** (settings.bits - 1)
-    return torch.full_like(like, half - 0.5 if settings.grid == "midrise" else half)
+    return torch.full_like(like, symmetric_offset(settings))
 
 
 def _covering(block: Tensor, settings: CodecSettings) -> tuple[Tensor, Tensor]:
     """Scale and offset of each group of a block `(groups, n)` that cover its elements, or the percentile of them."""
-    scale, offset = _grid(block, settings, torch.amax)
+    low, high = block.amin(dim=1), block.amax(dim=1)
+    scale, offset = grid_of(low, high, settings)
     if settings.percentile is None:
         return scale, offset
-    inner_scale, inner_offset = _grid(block, settings, lambda part, dim: percentile(part, settings.percentile))
+    if settings.symmetric:
+        high = percentile(block.abs(), settings.percentile)
+        low = -high
+    else:
+        low, high = -percentile(-block, settings.percentile), percentile(block, settings.percentile)
+    inner_scale, inner_offset = grid_of(low, high, settings)
     # A group of nearly nothing but zeros has no range up to its percentile, and keeps its whole range
     found = inner_scale > 0
     return torch.where(found, inner_scale, scale), torch.where(found, inner_offset, offset)
 
 
-def _grid(block: Tensor, settings: CodecSettings, largest: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-    """Scale and offset of each group for ends that `largest` finds."""
+def lowest_code(settings: CodecSettings) -> int:
+    """Return the lowest code that a grid uses; the highest is 2^bits − 1."""
+    return 1 if settings.grid == "restricted" else 0
+
+
+def grid_of(low: Tensor, high: Tensor, settings: CodecSettings) -> tuple[Tensor, Tensor]:
+    """Return scale and offset of the grids that cover the values between low and high, all `(groups,)` in float32."""
     half = 2 ** (settings.bits - 1)
     if settings.symmetric:
         steps = {"restricted": half - 1, "full": (2 * half - 1) / 2, "midrise": half}[str(settings.grid)]
-        scale = largest(block.abs(), dim=1) / steps
+        scale = torch.maximum(low.abs(), high.abs()) / steps
         return scale, _symmetric_offset(scale, settings)
-    low, high = -largest(-block, dim=1).clamp_min(0), largest(block, dim=1).clamp_min(0)
+    low, high = low.clamp_max(0), high.clamp_min(0)
     steps = 2 * half - 1
     scale = high / steps - low / steps
-    return scale, (-low / _divisor(scale)).round().clamp_max(steps)
+    return scale, (-low / divisor(scale)).round().clamp_max(steps)
 
 
 def percentile(block: Tensor, percentage: float) -> Tensor:
@@ -149,18 +165,28 @@ def percentile(block: Tensor, percentage: float) -> Tensor:
     return torch.cat(found)
 
 
-def _divisor(scale: Tensor) -> Tensor:
+def divisor(scale: Tensor) -> Tensor:
     """Return the scale, or 1 for a group of zeros, whose scale is 0: its codes then decode to 0 again."""
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
-def _round(block: Tensor, scale: Tensor, offset: Tensor, settings: CodecSettings) -> Tensor:
-    """Nearest code of each element, still in float32."""
+def nearest(block: Tensor, scale: Tensor, offset: Tensor | float, settings: CodecSettings) -> Tensor:
+    """Find the nearest code of each element.
+
+    Args:
+        block: `(groups, n)`, float32.
+        scale: `(groups,)`, not negative.
+        offset: a number, or a tensor that a block can be added to.
+        settings: bits and grid.
+
+    Returns:
+        Codes, still in float32, shape of the block.
+    """
     return _unrounded(block, scale, offset).round().clamp(*code_limits(settings))
 
 
-def _unrounded(block: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    return block / _divisor(scale)[:, None] + offset[:, None]
+def _unrounded(block: Tensor, scale: Tensor, offset: Tensor | float) -> Tensor:
+    return block / divisor(scale)[:, None] + offset
 
 
 def _least_squared_error(block: Tensor, full: Tensor, offset: Tensor, settings: CodecSettings) -> Tensor:
@@ -168,8 +194,11 @@ def _least_squared_error(block: Tensor, full: Tensor, offset: Tensor, settings: 
 
     The error has many local minima, close together at many bits and far below the full range under outliers. So one
     pass looks everywhere between the full range and half the rms (hardly ever is a grid best below that), in steps that
-    shrink towards small ranges, and a second one at equal steps between the neighbours of its best candidate.
+    shrink towards small ranges, and a second one at equal steps between the neighbours of its best candidate. Of one
+    bit, the best levels ±scale / 2 are ±E|W|, which may lie beyond those of the full range.
     """
+    if settings.bits == 1:
+        return 2 * block.abs().mean(dim=1)
     rms = block.square().mean(dim=1).sqrt()
     least = (0.5 * rms / block.abs().amax(dim=1).clamp_min(torch.finfo(block.dtype).tiny)).clamp(1e-6, 1)
 
@@ -178,7 +207,7 @@ def _least_squared_error(block: Tensor, full: Tensor, offset: Tensor, settings: 
         scales = shares * full
         return torch.stack(
             [
-                ((_round(block, scale, offset, settings) - offset[:, None]) * scale[:, None] - block)
+                ((nearest(block, scale, offset[:, None], settings) - offset[:, None]) * scale[:, None] - block)
                 .square()
                 .sum(dim=1)
                 for scale in scales

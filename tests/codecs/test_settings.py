@@ -7,6 +7,7 @@ from hf_r2.codecs import CodecSettings
 COMPLETE = [
     ({}, {"method": "uniform", "bits": 4, "grain": "channel", "symmetric": True, "grid": "restricted"}),
     ({"symmetric": False}, {"symmetric": False, "grid": None, "range": "min_max"}),
+    ({"grid": "midrise", "bits": 1}, {"bits": 1, "range": "min_max"}),
     ({"grid": "midrise", "range": "mse"}, {"symmetric": True, "grid": "midrise", "range": "mse"}),
     ({"method": "palette", "bits": 1}, {"symmetric": None, "grid": None, "range": None, "grain": "channel"}),
     ({"method": "palette"}, {"cluster_dim": 1}),

@@ -282,3 +282,27 @@ def test_weights_whose_squares_overflow_stay_finite(kind, span):
     decoded = round_trip(weight, make_settings(kind, 4, range=span))
     assert torch.isfinite(decoded).all()
     assert (decoded - weight).abs().max() <= 0.15 * largest
+
+
+@pytest.mark.parametrize("grain", ["tensor", "channel", 1, 6])
+def test_one_bit_is_the_sign_times_half_a_scale(grain):
+    weight = torch.randn(5, 2, 3, 3, generator=torch.Generator().manual_seed(8))
+    for span in ("min_max", "mse"):
+        config = CodecSettings("uniform", 1, grain, grid="midrise", range=span)
+        codes, codebook = quantize(weight, config)
+        assert torch.equal(codes, (weight > 0).to(torch.uint8))
+        flat, result = weight.flatten(), dequantize(codes, codebook, config).flatten()
+        for positions, scale in zip(groups_of(weight, grain), codebook["scale"], strict=True):
+            group = flat[positions]
+            expected = group.abs().max() if span == "min_max" else 2 * group.abs().mean()
+            torch.testing.assert_close(scale, expected)
+            assert torch.equal(result[positions], group.sign() * scale / 2)
+
+
+def test_one_bit_of_least_squared_error_may_leave_the_range():
+    weight = torch.tensor([[1.0, -1, 1, 1]])
+    assert torch.equal(round_trip(weight, CodecSettings("uniform", 1, grid="midrise", range="mse")), weight)
+
+
+def test_one_bit_of_zeros_is_zeros():
+    assert not round_trip(torch.zeros(2, 3), CodecSettings("uniform", 1, grid="midrise")).any()

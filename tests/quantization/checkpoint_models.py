@@ -46,6 +46,7 @@ CODECS: dict[str, dict[str, Any]] = {
     "restricted": {"method": "uniform", "bits": 2},
     "least_squares": {"method": "least_squares", "bits": 3},
     "midrise": {"method": "uniform", "bits": 2, "grid": "midrise"},
+    "signs": {"method": "uniform", "bits": 1, "grid": "midrise"},
     "affine": {"method": "uniform", "bits": 4, "symmetric": False},
     "palette": {"method": "palette", "bits": 3},
     "vectors": {"method": "palette", "bits": 4, "cluster_dim": 3},
