@@ -107,7 +107,7 @@ class DKM(Rounded):
         name: of the weight, for messages.
     """
 
-    trained = "centroids"
+    trained = ("centroids",)
 
     def __init__(
         self, weight: Tensor, settings: CodecSettings, options: DKMOptions, transpose: bool, name: str

@@ -1,11 +1,10 @@
 """Train through least-squares binary bases, with the gradient passed straight through."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hf_r2.aware.gradients import StraightThrough
 from hf_r2.aware.rounded import Rounded
 from hf_r2.codecs import CodecSettings, least_squares
 from hf_r2.codecs.binary_bases import solve, warm_two
@@ -32,7 +31,7 @@ class LeastSquares(Rounded):
         ValueError: for a weight that FSDP2 has cut.
     """
 
-    trained = "basis"
+    trained = ("basis",)
 
     def __init__(self, weight: Tensor, settings: CodecSettings, transpose: bool, name: str) -> None:
         super().__init__(settings, transpose, name)
@@ -85,17 +84,3 @@ class LeastSquares(Rounded):
 
     def _note_gradient(self, gradient: Tensor) -> None:
         self.advance = True
-
-
-class StraightThrough(torch.autograd.Function):
-    """A value with the gradient of another tensor: `apply(latent, value)` is `value`, its gradient goes to `latent`."""
-
-    @staticmethod
-    def forward(ctx: Any, latent: Tensor, value: Tensor) -> Tensor:
-        """Return the value."""
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """Pass the gradient on."""
-        return grad, None

@@ -19,8 +19,8 @@ class Rounded(nn.Module):
 
     compression_aware = True
 
-    trained: str | None = None
-    """Name of the buffer that training adjusts, if there is one."""
+    trained: tuple[str, ...] = ()
+    """Names of the buffers and parameters that training adjusts; checkpoints made in training hold them."""
 
     def __init__(self, settings: CodecSettings, transpose: bool, name: str) -> None:
         super().__init__()

@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_r2.adapters import AdaptedLayer, LatentLayer
-from hf_r2.aware import AWARE_METHODS, DKM, DKMOptions, LeastSquares, Rounded
+from hf_r2.aware import AWARE_METHODS, AWARE_OPTIONS, PARAMETRIZATIONS, Rounded
 from hf_r2.aware.activations import activate_inputs, quantize_inputs, release_inputs
+from hf_r2.aware.input_quantizer import InputQuantizer
 from hf_r2.quantization.config import R2QuantizationConfig
 from hf_r2.quantization.hf_quantizer import compress, layers_with_inputs
 from hf_r2.selection import base_layer, require_match, select_weights
@@ -125,14 +126,27 @@ def _parametrization(config: R2QuantizationConfig, name: str, module: nn.Module)
     transpose = isinstance(base_layer(module), Conv1D)
     if settings.method != AWARE_METHODS[config.aware]:
         return Rounded(settings, transpose, name)
-    if config.aware == "least_squares":
-        return LeastSquares(module.weight.detach(), settings, transpose, name)
-    return DKM(module.weight.detach(), settings, DKMOptions(**config.aware_options), transpose, name)
+    options = [AWARE_OPTIONS[config.aware](**config.aware_options)] if config.aware in AWARE_OPTIONS else []
+    return PARAMETRIZATIONS[config.aware](module.weight.detach(), settings, *options, transpose, name)
 
 
 def trained_names(model: nn.Module) -> list[str]:
     """List the names under which the state dict of an attached model holds what is trained beside its weights."""
-    return [f"{name}_{step.trained}" for name, (_, step) in attached(model).items() if step.trained]
+    return [f"{name}_{value}" for name, (_, step) in attached(model).items() for value in step.trained]
+
+
+def undecayed_names(model: nn.Module) -> set[str]:
+    """List the parameters that quantizers learn and that weight decay would only pull away from what they measure.
+
+    Without PACT's clips, whose weight decay is the penalty of its paper.
+    """
+    quantizers = [(name, each) for name, each in model.named_modules() if isinstance(each, Rounded | InputQuantizer)]
+    return {
+        f"{prefix}.{name}"
+        for prefix, quantizer in quantizers
+        for name, _ in quantizer.named_parameters()
+        if name not in getattr(quantizer, "penalized", ())
+    }
 
 
 def _keep_plain_names(layer: nn.Module, step: Rounded) -> None:
@@ -140,14 +154,20 @@ def _keep_plain_names(layer: nn.Module, step: Rounded) -> None:
 
     def save(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
         state[f"{prefix}weight"] = state.pop(f"{prefix}parametrizations.weight.original")
-        if step.trained and step.active:
-            state[f"{prefix}weight_{step.trained}"] = getattr(step, step.trained)
+        for name in step.trained:
+            state.pop(f"{prefix}parametrizations.weight.0.{name}", None)  # there if it is a parameter
+            if step.active:
+                state[f"{prefix}weight_{name}"] = getattr(step, name).detach()
 
     def load(state: dict[str, Tensor], prefix: str, *unused: Any) -> None:
         if f"{prefix}weight" in state:
             state[f"{prefix}parametrizations.weight.original"] = state.pop(f"{prefix}weight")
-        trained = state.pop(f"{prefix}weight_{step.trained}", None)
-        if trained is not None:
-            step.load(trained)
+        keys = {name: f"{prefix}weight_{name}" for name in step.trained}
+        trained = {name: state.pop(key) for name, key in keys.items() if key in state}
+        if trained:
+            step.load(**trained)
+        # Parameters are expected under their own names
+        for name, parameter in step.named_parameters():
+            state[f"{prefix}parametrizations.weight.0.{name}"] = parameter.detach()
 
     step.handles = [layer._register_state_dict_hook(save), layer._register_load_state_dict_pre_hook(load)]

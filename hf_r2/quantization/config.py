@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_r2.aware import AWARE_METHODS, ActivationSettings, DKMOptions
+from hf_r2.aware import AWARE_GRIDS, AWARE_METHODS, AWARE_OPTIONS, ActivationSettings
 from hf_r2.codecs import CodecSettings
 from hf_r2.grain import Grain
 from hf_r2.refine import in_order
@@ -24,10 +24,11 @@ class R2QuantizationConfig(QuantizationConfigMixin):
 
     Args:
         method: codec: `"uniform"`, `"palette"` or `"least_squares"`.
-        bits: bits of a code, 1–8 (uniform: 2–8).
+        bits: bits of a code, 1–8 (uniform: 2–8, and 1 with grid midrise).
         grain: `"tensor"`, `"channel"` or a group size: what shares a scale, a look-up table or a basis.
         symmetric: see [`CodecSettings`].
-        grid: see [`CodecSettings`].
+        grid: see [`CodecSettings`]; with a method in `aware` that trains uniform grids, that method's own is the
+            default: full for `"lsq"`, midrise for the others and at 1 bit.
         range: see [`CodecSettings`].
         cluster_dim: see [`CodecSettings`].
         basis: see [`CodecSettings`].
@@ -39,7 +40,7 @@ class R2QuantizationConfig(QuantizationConfigMixin):
         min_numel: smallest number of elements that is compressed.
         aware: compression-aware training method, one of `AWARE_METHODS`, for [`attach`] and the Trainer; None
             compresses after training.
-        aware_options: options of the method: see [`DKMOptions`]; the others have none.
+        aware_options: options of the method: see [`DKMOptions`] and [`EWGSOptions`]; the others have none.
         activations: quantization of the compressed layers' inputs, see [`ActivationSettings`]; None leaves them float.
         refine: post-training steps, taken in this order however they are listed. Before compression, without data:
             `"equalize"` (cross-layer equalization, with batch norms folded) and `"absorb_bias"`, both for ResNet,
@@ -88,6 +89,8 @@ class R2QuantizationConfig(QuantizationConfigMixin):
         known = (*_CODEC_OPTIONS, "overrides", "include", "skip", "min_numel", *_TRAINED, "refine")
         _refuse_unknown(unknown, known, "R2QuantizationConfig")
         self.quant_method = QUANT_METHOD
+        if grid is None and symmetric is not False and method == "uniform" and aware in AWARE_GRIDS:
+            grid = "midrise" if bits == 1 else AWARE_GRIDS[aware]
         base = CodecSettings(method, bits, grain, symmetric, grid, range, cluster_dim, basis, percentile)
         for option in _CODEC_OPTIONS:
             setattr(self, option, getattr(base, option))
@@ -128,9 +131,10 @@ class R2QuantizationConfig(QuantizationConfigMixin):
         codec = AWARE_METHODS[self.aware]
         if self.method != codec:
             raise ValueError(f"aware={self.aware!r} trains the codec {codec!r}: set method={codec!r}")
-        if self.aware == "dkm":
-            _refuse_unknown(self.aware_options, DKMOptions.names(), "aware_options")
-            DKMOptions(**self.aware_options)
+        if self.aware in AWARE_OPTIONS:
+            options = AWARE_OPTIONS[self.aware]
+            _refuse_unknown(self.aware_options, options.names(), "aware_options")
+            options(**self.aware_options)
         elif self.aware_options:
             raise ValueError(f"aware_options={self.aware_options}: aware={self.aware!r} has none; leave them out")
 

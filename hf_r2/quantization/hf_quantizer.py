@@ -60,9 +60,18 @@ class R2HfQuantizer(HfQuantizer):
         return selected
 
     def quantize_inputs(self, model: nn.Module, selection: Mapping[str, tuple[nn.Module, str]]) -> None:
-        """Quantize the inputs of the selected layers, if the config says so; statistics taken before are kept."""
+        """Quantize the inputs of the selected layers, if the config says so; statistics taken before are kept.
+
+        Raises:
+            ValueError: for a method that learns, if the model comes neither from training nor from a checkpoint.
+        """
         settings = self.quantization_config.activation_settings()
         if settings is not None and not input_quantizers(model):
+            if settings.learned and not self.pre_quantized:
+                raise ValueError(
+                    f"activations of method {settings.method!r} are learned in training: set aware and train with "
+                    "R2Trainer or attach, or use method='uniform'"
+                )
             quantize_inputs(layers_with_inputs(selection, settings), settings)
         activate_inputs(model)
 

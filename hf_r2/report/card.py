@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,17 @@ AWARE_SENTENCES = {
     "dkm": "palettes: look-up tables trained together with the weights by differentiable k-means (DKM)",
     "least_squares": "least-squares binary quantization, which the weights were trained through, and whose levels are "
     "the signed sums of {bits} scales",
+    "lsq": "uniform quantization whose step was learned with the weights (LSQ)",
+    "ewgs": "uniform quantization whose range and scale were learned with the weights, by element-wise scaled "
+    "gradients (EWGS)",
+    "dorefa": "uniform quantization of the tanh of the weights, which were trained through it (DoReFa)",
+}
+INPUT_SENTENCES = {
+    "uniform": "uniform levels over {range} ranges",
+    "lsq": "uniform levels of learned step (LSQ)",
+    "pact": "uniform levels up to a learned clip (PACT)",
+    "dorefa": "uniform levels in [0, 1] (DoReFa)",
+    "ewgs": "uniform levels between learned bounds (EWGS)",
 }
 REFINEMENT_SENTENCES = {
     "equalize": "cross-layer equalization with folded batch norms",
@@ -123,6 +135,8 @@ def _activation_sentence(activations: dict[str, Any] | None) -> str | None:
     if not activations:
         return None
     settings = ActivationSettings(**activations)
+    if settings.method in INPUT_SENTENCES:
+        return f"{settings.bits}-bit {INPUT_SENTENCES[settings.method].format(**asdict(settings))}"
     kind = "ternary" if settings.basis == "ternary" else f"{settings.bits}-bit"
     scales = "solved for each" if settings.moving_average == "off" else "of running averages"
     return f"{kind} least-squares binary codes, with scales {scales}"

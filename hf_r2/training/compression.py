@@ -26,7 +26,8 @@ class TrainedCompression:
         start_ratio: share of the steps after which compression-aware training begins.
 
     Raises:
-        ValueError: for a config with steps of `refine`, which are for [`R2Quantizer`].
+        ValueError: for a config with steps of `refine`, which are for [`R2Quantizer`]; if the inputs' quantization is
+            learned, but nothing is trained through compression.
     """
 
     def __init__(self, config: R2QuantizationConfig, start_ratio: float) -> None:
@@ -35,6 +36,9 @@ class TrainedCompression:
                 f"the Trainer takes no steps of refine={config.refine}: leave them out, save the float model and "
                 "compress it with R2Quantizer.from_pretrained(…).quantize(…)"
             )
+        activations = config.activation_settings()
+        if activations is not None and activations.learned and not config.aware:
+            raise ValueError(f"activations of method {activations.method!r} are learned in training: set aware as well")
         self.config = config
         self.start_ratio = start_ratio
         self.facts: dict[str, Any] = {}

@@ -16,6 +16,7 @@ from hf_r2.losses import RangeLoss
 from hf_r2.moments import require_finite, shapes
 from hf_r2.projection import RangeProjection
 from hf_r2.quantization import R2QuantizationConfig
+from hf_r2.quantization.attach import undecayed_names
 from hf_r2.selection import current_weights
 from hf_r2.training.arguments import R2TrainingArguments
 from hf_r2.training.backends import differentiable_loss, require_supported
@@ -190,6 +191,11 @@ class R2Mixin:
         if self.range_loss is not None and self.args.world_size > 1:
             for parameter in self.range_loss.parameters():
                 parameter.data = broadcast(parameter.data.to(self.args.device)).to(parameter.device)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Leave what quantizers learn out of weight decay; see [`undecayed_names`]."""
+        left_out = undecayed_names(model)
+        return [name for name in super().get_decay_parameter_names(model) if name not in left_out]
 
     # --- how often things count -------------------------------------------------------------------------------------
 

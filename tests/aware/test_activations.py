@@ -5,16 +5,16 @@ import torch
 from torch import nn
 
 from hf_r2.aware import ActivationSettings
+from hf_r2.aware.activation_settings import ACTIVATION_METHODS, LEARNED
 from hf_r2.aware.activations import (
-    InputQuantizer,
+    INPUT_QUANTIZERS,
     activate_inputs,
-    binary,
     input_quantizers,
-    measured,
     observe_inputs,
     quantize_inputs,
     release_inputs,
 )
+from hf_r2.aware.binary_activations import BinaryInputs, binary, measured
 from hf_r2.codecs.binary_bases import solve
 
 SETTINGS = {
@@ -31,7 +31,7 @@ def sample(*shape, seed=0):
 
 
 def quantizer(by_token=False, **settings):
-    made = InputQuantizer(ActivationSettings(**settings), by_token)
+    made = BinaryInputs(ActivationSettings(**settings), by_token)
     made.active = True
     return made
 
@@ -214,8 +214,61 @@ def test_an_embedding_is_refused():
         ({"momentum": 1.0}, "momentum"),
         ({"centred": "yes"}, "centred"),
         ({"skip": "a*"}, "list of patterns"),
+        ({"method": "uniforn"}, "unknown activations method 'uniforn': use one of least_squares, uniform"),
+        ({"method": "uniform", "bits": 1}, "bits=1 .* from 2 to 8 .* method='least_squares' goes down to 1"),
+        ({"method": "lsq", "bits": 2.5}, r"bits=2\.5"),
+        ({"method": "uniform", "range": "fixed"}, "range='fixed' .* dynamic, static"),
+        ({"method": "uniform", "grain": "channel"}, "grain='channel' .* tensor, token"),
+        ({"method": "uniform", "symmetric": "yes"}, "symmetric='yes'"),
+        ({"method": "uniform", "range": "static", "grain": "token"}, "one for all tokens"),
+        ({"method": "uniform", "centred": False}, "'centred' of activations is an option of least_squares"),
+        ({"method": "uniform", "moving_average": "eval_only"}, "'moving_average' .* remove it for 'uniform'"),
+        ({"method": "lsq", "range": "static"}, "'range' of activations is an option of uniform"),
+        ({"symmetric": True}, "'symmetric' .* remove it for 'least_squares'"),
+        ({"method": "ewgs", "delta": -1.0}, "delta"),
+        ({"method": "pact", "delta": 0.5}, "'delta' of activations is an option of ewgs"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         ActivationSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bits": 3},
+        {"bits": 2, "moving_average": "eval_only", "skip": ["a*"]},
+        {"method": "uniform", "bits": 4},
+        {"method": "uniform", "bits": 4, "range": "static", "symmetric": True, "momentum": 0.5},
+        {"method": "uniform", "bits": 4, "grain": "token"},
+        {"method": "lsq", "bits": 2},
+        {"method": "ewgs", "bits": 2, "delta": 0.0, "skip": ["a*"]},
+    ],
+    ids=str,
+)
+def test_settings_are_written_without_their_defaults_and_read_back(settings):
+    made = ActivationSettings(**settings)
+    assert made.to_dict() == settings
+    assert ActivationSettings(**made.to_dict()) == made
+
+
+@pytest.mark.parametrize("method", ACTIVATION_METHODS)
+def test_every_method_has_a_quantizer_whose_levels_are_as_many_as_its_bits_say(method):
+    for bits in (2, 4):
+        step = INPUT_QUANTIZERS[method](ActivationSettings(bits, method), by_token=False).train()
+        step.active = True
+        (row,) = step(sample(1, 4000))
+        assert 2 ** (bits - 1) < len(row.unique()) <= 2**bits
+        assert bool(list(step.parameters())) == (method in LEARNED)
+
+
+@pytest.mark.parametrize("method", ACTIVATION_METHODS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_method_keeps_dtypes_and_computes_in_float32(method, dtype):
+    first, second = (INPUT_QUANTIZERS[method](ActivationSettings(2, method), by_token=False) for _ in range(2))
+    inputs = sample(2, 200).to(dtype)
+    for step in (first, second):
+        step.train().active = True
+    assert torch.equal(first(inputs), second(inputs.float()).to(dtype))
+    assert first(inputs[:0]).shape == (0, 200)

@@ -5,6 +5,7 @@ import torch
 from checkpoint_models import build, inputs, load, logits
 
 from hf_r2 import R2QuantizationConfig, R2Quantizer
+from hf_r2.aware.activation_settings import LEARNED
 from hf_r2.aware.activations import input_quantizers
 from hf_r2.quantization import compress
 
@@ -43,6 +44,44 @@ def test_averages_are_taken_from_calibration_data_and_reloaded(moving_average, t
     for found, expected in zip(input_quantizers(reloaded), input_quantizers(model), strict=True):
         assert found.batches == 2
         assert torch.equal(found.scales, expected.scales)
+
+
+STATIC = {"method": "uniform", "bits": 8, "range": "static"}
+
+
+def test_static_ranges_are_taken_from_calibration_data_and_reloaded(tmp_path):
+    build("resnet").save_pretrained(tmp_path / "float")
+    quantizer = R2Quantizer.from_pretrained(tmp_path / "float")
+    with pytest.raises(ValueError, match="needs a calibration_dataset"):
+        quantizer.quantize(tmp_path / "low", config(**STATIC))
+    batches = [inputs("resnet"), {"pixel_values": 2 * inputs("resnet")["pixel_values"]}]
+    model = quantizer.quantize(tmp_path / "low", config(**STATIC), calibration_dataset=batches)
+    first = model.resnet.embedder.embedder.convolution.input_quantizer
+    assert first.low == batches[1]["pixel_values"].min()
+    assert first.high == batches[1]["pixel_values"].max()
+    reloaded = load("resnet", tmp_path / "low").eval()
+    assert torch.equal(logits(reloaded, "resnet"), logits(model, "resnet"))
+    assert reloaded.config.quantization_config.activations == STATIC
+
+
+@pytest.mark.parametrize("settings", [{"bits": 4}, {"bits": 8, "symmetric": True, "grain": "token"}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dynamic_ranges_need_no_data(family, settings, tmp_path):
+    model = build(family).eval()
+    plain = logits(model, family)
+    compress(model, config(method="uniform", **settings))
+    expected = logits(model, family)
+    assert not torch.equal(expected, plain)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(family, tmp_path).eval(), family), expected)
+
+
+@pytest.mark.parametrize("method", LEARNED)
+def test_learned_inputs_are_refused_without_training(method, tmp_path):
+    build("resnet").save_pretrained(tmp_path / "float")
+    with pytest.raises(ValueError, match=f"'{method}' are learned in training"):
+        R2Quantizer.from_pretrained(tmp_path / "float").quantize(tmp_path / "low", config(method=method))
+    assert not (tmp_path / "low").exists()
 
 
 def test_a_float_checkpoint_can_be_compressed_while_loading(tmp_path):

@@ -11,6 +11,7 @@ from hf_r2.quantization import attached, compress, detach
 
 UNTIED = [family for family in FAMILIES if family != "gpt2"]
 BINARY = {"method": "least_squares", "aware": "least_squares"}
+UNIFORM = {"method": "uniform", "bits": 2, "grain": "channel"}
 SETTINGS = {
     "1 bit": {"bits": 1, "grain": "tensor"},
     "channels": {"bits": 2, "grain": "channel"},
@@ -22,6 +23,16 @@ SETTINGS = {
     "refined": {**BINARY, "bits": 3},
     "binary, inputs": {**BINARY, "bits": 1, "activations": {"bits": 2}},
     "palettes, averaged inputs": {"activations": {"bits": 3, "moving_average": "eval_only"}},
+    "lsq": {**UNIFORM, "aware": "lsq", "grain": 5},
+    "lsq, 1 bit": {**UNIFORM, "aware": "lsq", "bits": 1},
+    "lsq, ternary": {**UNIFORM, "aware": "lsq", "grid": "restricted", "grain": "tensor"},
+    "lsq, inputs": {**UNIFORM, "aware": "lsq", "activations": {"method": "lsq", "bits": 2}},
+    "ewgs, inputs": {**UNIFORM, "aware": "ewgs", "grain": "tensor", "activations": {"method": "ewgs", "bits": 2}},
+    "ewgs, 1 bit": {**UNIFORM, "aware": "ewgs", "bits": 1, "aware_options": {"delta": 0.1}},
+    "dorefa, inputs": {**UNIFORM, "aware": "dorefa", "activations": {"method": "dorefa", "bits": 2}},
+    "dorefa, 1 bit": {**UNIFORM, "aware": "dorefa", "bits": 1, "activations": {"method": "pact", "bits": 4}},
+    "lsq, static inputs": {**UNIFORM, "aware": "lsq", "activations": {"method": "uniform", "range": "static"}},
+    "palettes, tokens": {"activations": {"method": "uniform", "bits": 4, "grain": "token", "symmetric": True}},
 }
 
 
@@ -113,7 +124,10 @@ def test_a_state_dict_is_that_of_the_float_model_with_centroids_beside_it(tmp_pa
     assert torch.equal(load("resnet", tmp_path).classifier[1].weight, weights["classifier.1.weight"])
 
 
-@pytest.mark.parametrize("settings", [{}, {**BINARY, "bits": 2}], ids=["dkm", "least_squares"])
+RESUMED = ["binary, 2 bits", "lsq, inputs", "ewgs, inputs", "dorefa, 1 bit", "lsq, static inputs"]
+
+
+@pytest.mark.parametrize("settings", [{}, *(SETTINGS[name] for name in RESUMED)], ids=["dkm", *RESUMED])
 def test_a_state_dict_resumes_bit_for_bit(settings):
     straight, resumed = (attach(build("resnet"), dkm(**settings)) for _ in range(2))
     train("resnet", straight, steps=2)
@@ -177,6 +191,8 @@ def test_mistakes_are_refused_before_anything_changes():
         attach(model, dkm(overrides={"clasifier*": {"bits": 8}}))
     with pytest.raises(ValueError, match="matches no weight"):
         attach(build("resnet"), dkm(activations={"skip": ["clasifier*"]}))
+    with pytest.raises(ValueError, match=r"c_attn\.weight has grid=full, which EWGS does not train"):
+        attach(model, dkm(**{**UNIFORM, "aware": "ewgs", "grid": "full"}))
     assert not any(map(parametrize.is_parametrized, model.modules()))
     with pytest.raises(ValueError, match=r"attach\(model, config\) first"):
         finalize(model)
@@ -187,12 +203,53 @@ def test_mistakes_are_refused_before_anything_changes():
         attach(model, dkm())
 
 
+@pytest.mark.parametrize(("aware", "bits", "grid"), [("lsq", 2, "full"), ("lsq", 1, "midrise"), ("ewgs", 3, "midrise")])
+def test_the_grid_of_a_method_is_its_default(aware, bits, grid):
+    config = R2QuantizationConfig(bits=bits, aware=aware)
+    assert config.grid == grid
+    assert R2QuantizationConfig(**config.to_dict()) == config
+    assert R2QuantizationConfig(bits=2, aware="lsq", grid="restricted").grid == "restricted"
+
+
+@pytest.mark.parametrize("settings", [SETTINGS["lsq, inputs"], SETTINGS["ewgs, inputs"]], ids=["lsq", "ewgs"])
+def test_what_is_learned_trains_and_is_stored(settings):
+    model = attach(build("resnet"), dkm(**settings))
+    learned = {name: p for name, p in model.named_parameters() if ".weight.0." in name or "input_quantizer" in name}
+    train("resnet", model, steps=1)
+    before = {name: parameter.detach().clone() for name, parameter in learned.items()}
+    train("resnet", model)
+    moved = {name for name, parameter in learned.items() if not torch.equal(parameter, before[name])}
+    # The scale of a weight in front of a batch norm changes nothing, and has next to no gradient
+    assert all(name.endswith("output") for name in learned.keys() - moved)
+    scales = {name: step.encoded(layer.weight).codebook["scale"] for name, (layer, step) in attached(model).items()}
+    finalize(model)
+    for name, scale in scales.items():
+        assert torch.equal(model.hf_quantizer.encoded[name].codebook["scale"], scale)
+
+
+def test_the_first_and_the_last_layer_have_a_policy_of_their_own():
+    first, last = "resnet.embedder.embedder.convolution.weight", "classifier.1.weight"
+    overrides = {first: {"bits": 8}, last: {"bits": 8}}
+    settings = {**SETTINGS["lsq, inputs"], "overrides": overrides, "activations": {"method": "lsq", "skip": [first]}}
+    model = attach(build("resnet"), dkm(**settings))
+    train("resnet", model)
+    finalize(model)
+    bits = {name: encoded.settings.bits for name, encoded in model.hf_quantizer.encoded.items()}
+    assert {name for name, each in bits.items() if each == 8} == {first, last}
+    assert not hasattr(model.resnet.embedder.embedder.convolution, "input_quantizer")
+    assert hasattr(model.classifier[1], "input_quantizer")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"method": "uniform", "aware": "dkm"}, "aware='dkm' trains the codec 'palette': set method"),
         ({"method": "palette", "aware": "least_squares"}, "trains the codec 'least_squares'"),
         ({**BINARY, "aware_options": {"iterations": 3}}, "'least_squares' has none"),
+        ({"method": "palette", "aware": "lsq"}, "aware='lsq' trains the codec 'uniform'"),
+        ({"aware": "ewgs", "aware_options": {"deltas": 3}}, "did you mean 'delta'"),
+        ({"aware": "ewgs", "aware_options": {"delta": -1}}, "delta=-1"),
+        ({"activations": {"method": "lsg"}}, "unknown activations method 'lsg'"),
         ({"activations": {"bit": 2}}, "did you mean 'bits'"),
         ({"activations": {"bits": 9}}, "bits=9"),
         ({"method": "palette", "aware": "dmk"}, "unknown method aware='dmk'"),

@@ -89,7 +89,16 @@ def test_until_it_begins_training_is_that_of_the_float_model(make_aware, train):
 BINARY = R2QuantizationConfig("least_squares", bits=2)
 INPUTS = {"bits": 2, "moving_average": "eval_only"}
 BINARY_INPUTS = R2QuantizationConfig("least_squares", bits=1, activations=INPUTS)
-METHODS = {"dkm": PALETTE, "least_squares": BINARY, "least_squares, activations": BINARY_INPUTS}
+UNIFORM = {"bits": 2, "grid": "midrise"}
+METHODS = {
+    "dkm": PALETTE,
+    "least_squares": BINARY,
+    "least_squares, activations": BINARY_INPUTS,
+    "lsq": R2QuantizationConfig(bits=2, grid="full", activations={"method": "lsq", "bits": 4}),
+    "ewgs": R2QuantizationConfig(**UNIFORM, activations={"method": "ewgs", "bits": 4}),
+    "dorefa": R2QuantizationConfig(**UNIFORM, activations={"method": "pact", "bits": 4}),
+    "lsq, uniform activations": R2QuantizationConfig(bits=4, activations={"method": "uniform", "range": "static"}),
+}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -101,6 +110,20 @@ def test_every_method_trains_evaluates_saves_and_reloads_one_model(make_aware, m
     trainer.save_model(tmp_path)
     reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert_same(snapshot(reloaded), snapshot(trainer.model))
+
+
+@pytest.mark.parametrize("method", ["lsq", "ewgs", "dorefa"])
+def test_weight_decay_spares_what_quantizers_learn_but_not_the_clips_of_pact(make_aware, method):
+    trainer = make_aware(config=METHODS[method], r2_aware=method, weight_decay=0.1)
+    trainer.create_optimizer()
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    decayed, spared = ({names[id(parameter)] for parameter in g["params"]} for g in trainer.optimizer.param_groups)
+    learned = {name for name in names.values() if ".weight.0." in name or "input_quantizer" in name}
+    clips = {name for name in learned if name.endswith("alpha")}
+    assert bool(clips) == (method == "dorefa")
+    assert learned - clips <= spared
+    assert clips <= decayed
+    assert any(name.endswith("original") for name in decayed)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.75])
@@ -211,6 +234,8 @@ def test_mistakes_are_refused(make_trainer, make_aware):
         make_aware(r2_aware_start_ratio=1.0)
     with pytest.raises(ValueError, match="trains the codec 'palette'"):
         make_aware(config=R2QuantizationConfig("uniform", bits=2))
+    with pytest.raises(ValueError, match="'lsq' are learned in training: set aware"):
+        make_aware(config=METHODS["lsq"], r2_aware=None)
     trainer = make_aware(max_steps=1)
     trainer.train()
     with pytest.raises(ValueError, match="the model is compressed and cannot train"):
