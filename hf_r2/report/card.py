@@ -46,6 +46,14 @@ REFINEMENT_SENTENCES = {
     "bias_correction": "bias correction",
     "batch_norm": "re-estimation of batch norms",
 }
+SOURCES = {
+    "lsq": "LSQ: Esser et al., [arXiv 1902.08153](https://arxiv.org/abs/1902.08153)",
+    "ewgs": "EWGS: Lee et al., [arXiv 2104.00903](https://arxiv.org/abs/2104.00903)",
+    "dorefa": "DoReFa: Zhou et al., [arXiv 1606.06160](https://arxiv.org/abs/1606.06160)",
+    "pact": "PACT: Choi et al., [arXiv 1805.06085](https://arxiv.org/abs/1805.06085)",
+}
+"""Papers of methods that weights or inputs are quantized by."""
+
 LOSS_SENTENCES = {
     "l_inf": "the largest magnitude of each group",
     "margin": "a learnable margin of each group and what stands outside it",
@@ -105,6 +113,7 @@ def _card_facts(manifest: Manifest) -> dict[str, Any]:
         "r2_sentence": _r2_sentence(train.get("r2")),
         "distillation": train.get("distillation"),
         "activation_sentence": _activation_sentence(config.get("activations")),
+        "sources": _sources(config),
         "model_class": evaluate.get("model_class"),
         "pipeline_tag": evaluate.get("pipeline_tag"),
         "data": evaluate.get("data"),
@@ -140,6 +149,11 @@ def _activation_sentence(activations: dict[str, Any] | None) -> str | None:
     kind = "ternary" if settings.basis == "ternary" else f"{settings.bits}-bit"
     scales = "solved for each" if settings.moving_average == "off" else "of running averages"
     return f"{kind} least-squares binary codes, with scales {scales}"
+
+
+def _sources(config: dict[str, Any]) -> list[str]:
+    used = (config.get("aware"), (config.get("activations") or {}).get("method"))
+    return [source for method, source in SOURCES.items() if method in used]
 
 
 def _metadata(facts: dict[str, Any]) -> ModelCardData:

@@ -59,6 +59,27 @@ def test_card_names_a_binary_basis(checkpoint):
     assert "1701.07204" not in card.text
 
 
+@pytest.mark.parametrize(
+    ("aware", "activations", "sentence", "inputs", "sources"),
+    [
+        ("lsq", {"method": "lsq"}, "whose step was learned", "2-bit uniform levels of learned step", ["1902.08153"]),
+        ("dorefa", {"method": "pact"}, "tanh of the weights", "learned clip (PACT)", ["1606.06160", "1805.06085"]),
+        ("ewgs", {"method": "uniform", "range": "static"}, "(EWGS)", "levels over static ranges", ["2104.00903"]),
+    ],
+)
+def test_card_names_how_grids_were_trained(checkpoint, aware, activations, sentence, inputs, sources):
+    manifest = Manifest.load(checkpoint)
+    config = R2QuantizationConfig(bits=2, aware=aware, activations=activations).to_dict()
+    manifest.last("quantize")["quantization_config"] = config
+    manifest.save(checkpoint)
+    text = render_card(checkpoint).text
+    assert "2-bit weights by uniform quantization" in text
+    assert sentence in text
+    assert inputs in text
+    known = ("1902.08153", "1606.06160", "1805.06085", "2104.00903")
+    assert [source for source in known if source in text] == sources
+
+
 def test_card_says_over_how_many_weights_a_code_of_vectors_reaches(checkpoint):
     assert "| palette 3-bit, tensor" in render_card(checkpoint).text
     assert "over" not in " ".join(render_card(checkpoint).data.tags)
@@ -87,6 +108,13 @@ def test_card_of_an_evaluated_checkpoint_shows_what_was_measured(checkpoint):
     reloaded = ModelCard.load(checkpoint / "README.md")
     assert reloaded.data.eval_results[0].metric_value == 0.6
     assert reloaded.data.base_model_relation == "quantized"
+
+
+def test_card_of_a_model_without_a_float_one_claims_no_recovery(checkpoint):
+    evaluate(checkpoint, row("lsq", "3-bit", 0.6, published=True, recovery=None))
+    text = render_card(checkpoint).text
+    assert "60.0 % accuracy on digits (test, 50 examples).\n" in text
+    assert "of the float model's" not in text
 
 
 def test_card_says_that_a_checkpoint_collapsed(checkpoint):
