@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from hf_r2.aware.activation_settings import ActivationSettings
 from hf_r2.aware.input_quantizer import LearnedInputs, averaged
@@ -78,9 +77,8 @@ class LearnedStep(torch.autograd.Function):
         return units * size[:, None]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        """Return the gradient to the block and to the step."""
+        """Return the gradient to the block and to the step; differentiable once more."""
         block, step, units = ctx.saved_tensors
         exact = block / divisor(step.abs())[:, None]
         lowest, highest = lowest_code(ctx.settings) - ctx.offset, 2**ctx.settings.bits - 1 - ctx.offset

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 MODELS = ["bert_regression", "gpt2"]
 AWARE = {"r2_aware": "dkm", "r2_mode": "clip", "r2_clip": 1.5, "r2_aware_start_ratio": 0.25}
-METHODS = {"dkm": AWARE, "least_squares": {**AWARE, "r2_aware": "least_squares"}}
+METHODS = {method: {**AWARE, "r2_aware": method} for method in ("dkm", "least_squares", "lsq")}
 CASES = {f"{model}-{method}": (model, METHODS[method]) for model in MODELS for method in METHODS}
 
 
