@@ -227,6 +227,19 @@ def test_what_is_learned_trains_and_is_stored(settings):
         assert torch.equal(model.hf_quantizer.encoded[name].codebook["scale"], scale)
 
 
+@pytest.mark.parametrize("name", ["lsq, inputs", "ewgs, inputs", "dorefa, 1 bit", "lsq, static inputs"])
+def test_a_half_precision_model_reloads_with_what_it_learned_in_float32(name, tmp_path):
+    model = attach(build("resnet").to(torch.bfloat16), dkm(**SETTINGS[name])).train()
+    batch = {"pixel_values": inputs("resnet")["pixel_values"].to(torch.bfloat16)}
+    model(**batch).logits.float().square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=0.05).step()
+    evaluated = logits(model.eval(), "resnet")
+    finalize(model).save_pretrained(tmp_path)
+    reloaded = load("resnet", tmp_path).eval()
+    assert reloaded.dtype == torch.bfloat16
+    assert torch.equal(logits(reloaded, "resnet"), evaluated)
+
+
 def test_the_first_and_the_last_layer_have_a_policy_of_their_own():
     first, last = "resnet.embedder.embedder.convolution.weight", "classifier.1.weight"
     overrides = {first: {"bits": 8}, last: {"bits": 8}}
