@@ -107,7 +107,7 @@ class DKM(Rounded):
         name: of the weight, for messages.
     """
 
-    trained = ("centroids",)
+    trained = ("centroids", "masses")
 
     def __init__(
         self, weight: Tensor, settings: CodecSettings, options: DKMOptions, transpose: bool, name: str
@@ -136,10 +136,15 @@ class DKM(Rounded):
             tables = encode(self.output_first(weight), self.settings, self.name).codebook["lut"]
             self.load(tables)
 
-    def load(self, centroids: Tensor) -> None:
-        """Begin with these centroids, `(groups, 2^bits)` or `(groups, 2^bits, cluster_dim)`."""
+    def load(self, centroids: Tensor, masses: Tensor | None = None) -> None:
+        """Begin with these centroids, `(groups, 2^bits)` or `(groups, 2^bits, cluster_dim)`.
+
+        Args:
+            centroids: of the step before.
+            masses: theirs, `(groups, 2^bits)`; without, no cluster is known to be empty.
+        """
         self.centroids.copy_(centroids)
-        self.masses.fill_(LEAST_MASS)  # none is known to be empty yet
+        self.masses.copy_(torch.full_like(self.masses, LEAST_MASS) if masses is None else masses)
         self.active = self.advance = True
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from hf_r2.aware.input_quantizer import LearnedInputs, averaged
 from hf_r2.aware.uniform_weight import LEAST, UniformWeight
 from hf_r2.codecs import CodecSettings
 from hf_r2.codecs.settings import GRIDS
-from hf_r2.codecs.uniform import divisor, lowest_code, nearest
+from hf_r2.codecs.uniform import code_limits, divisor, nearest
 
 
 class LSQ(UniformWeight):
@@ -81,7 +81,7 @@ class LearnedStep(torch.autograd.Function):
         """Return the gradient to the block and to the step; differentiable once more."""
         block, step, units = ctx.saved_tensors
         exact = block / divisor(step.abs())[:, None]
-        lowest, highest = lowest_code(ctx.settings) - ctx.offset, 2**ctx.settings.bits - 1 - ctx.offset
+        lowest, highest = (code - ctx.offset for code in code_limits(ctx.settings))
         inside = (exact >= lowest) & (exact <= highest)
         slope = units if ctx.settings.bits == 1 else torch.where(inside, units - exact, units)
         factor = (ctx.elements * highest) ** -0.5

@@ -7,7 +7,7 @@ from hf_r2.aware.activation_settings import ActivationSettings
 from hf_r2.aware.gradients import StraightThrough
 from hf_r2.aware.input_quantizer import InputQuantizer
 from hf_r2.codecs import CodecSettings
-from hf_r2.codecs.uniform import grid_of, lowest_code, nearest
+from hf_r2.codecs.uniform import code_limits, grid_of, nearest
 
 
 class UniformInputs(InputQuantizer):
@@ -42,8 +42,8 @@ class UniformInputs(InputQuantizer):
         codes = nearest(values, scale, offset[:, None], self.grid)
         rounded = (codes - offset[:, None]) * scale[:, None]
         # Half a step beyond the outer levels still rounds to them; what is farther away is clipped
-        lowest = (lowest_code(self.grid) - 0.5 - offset) * scale
-        highest = (2**self.settings.bits - 0.5 - offset) * scale
+        first, last = code_limits(self.grid)
+        lowest, highest = (first - 0.5 - offset) * scale, (last + 0.5 - offset) * scale
         inside = (values >= lowest[:, None]) & (values <= highest[:, None])
         return StraightThrough.apply(groups * inside, rounded).view(inputs.shape)
 

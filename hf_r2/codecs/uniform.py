@@ -12,7 +12,7 @@ All grids are one formula, `value = (code − offset) · scale`, with unsigned c
 With `range="percentile"` percentiles take the places of the extremes; elements beyond them get the outermost codes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -118,11 +118,6 @@ def _covering(block: Tensor, settings: CodecSettings) -> tuple[Tensor, Tensor]:
     # A group of nearly nothing but zeros has no range up to its percentile, and keeps its whole range
     found = inner_scale > 0
     return torch.where(found, inner_scale, scale), torch.where(found, inner_offset, offset)
-
-
-def lowest_code(settings: CodecSettings) -> int:
-    """Return the lowest code that a grid uses; the highest is 2^bits − 1."""
-    return 1 if settings.grid == "restricted" else 0
 
 
 def grid_of(low: Tensor, high: Tensor, settings: CodecSettings) -> tuple[Tensor, Tensor]:

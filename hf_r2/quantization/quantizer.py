@@ -92,7 +92,7 @@ class R2Quantizer(OptimumQuantizer):
         activations = quantization_config.activation_settings()
         averaged = activations is not None and activations.moving_average != "off"
         if averaged and calibration_dataset is None:
-            raise ValueError(f"moving_average={activations.moving_average!r} needs a calibration_dataset")
+            raise ValueError(f"activations={quantization_config.activations} needs a calibration_dataset")
         model = load_float_model(self.source)
         float_bytes = weight_file_bytes(self.source) or sum(tensor.nbytes for tensor in model.state_dict().values())
         batches = _Batches(model, calibration_dataset, batch_size)

@@ -116,7 +116,8 @@ def test_a_state_dict_is_that_of_the_float_model_with_centroids_beside_it(tmp_pa
     weights, state = latent(model), model.state_dict()
     plain = build("resnet").state_dict()
     assert plain.keys() <= state.keys()
-    assert {key.removesuffix("_centroids") for key in state.keys() - plain.keys()} == weights.keys()
+    trained = {f"{name}_{kind}" for name in weights for kind in ("centroids", "masses")}
+    assert state.keys() - plain.keys() == trained
     for name, weight in weights.items():
         assert torch.equal(state[name], weight)
     model.save_pretrained(tmp_path)
@@ -124,7 +125,15 @@ def test_a_state_dict_is_that_of_the_float_model_with_centroids_beside_it(tmp_pa
     assert torch.equal(load("resnet", tmp_path).classifier[1].weight, weights["classifier.1.weight"])
 
 
-RESUMED = ["binary, 2 bits", "lsq, inputs", "ewgs, inputs", "dorefa, 1 bit", "lsq, static inputs"]
+RESUMED = [
+    "channels",
+    "vectors",
+    "binary, 2 bits",
+    "lsq, inputs",
+    "ewgs, inputs",
+    "dorefa, 1 bit",
+    "lsq, static inputs",
+]
 
 
 @pytest.mark.parametrize("settings", [{}, *(SETTINGS[name] for name in RESUMED)], ids=["dkm", *RESUMED])
