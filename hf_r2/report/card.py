@@ -17,7 +17,7 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 METHOD_SENTENCES = {
     "uniform": "uniform quantization, whose levels are equally spaced",
     "palette": "palettes: look-up tables found by optimal one-dimensional k-means",
-    "least_squares": "least-squares binary quantization, whose levels are the signed sums of {bits} scales",
+    "least_squares": "least-squares binary quantization, whose levels are signed sums of scales, one for each bit",
 }
 VECTOR_SENTENCE = (
     "palettes of vectors: look-up tables found by k-means, whose {bits}-bit codes each name {cluster_dim} weights"
@@ -25,7 +25,7 @@ VECTOR_SENTENCE = (
 AWARE_SENTENCES = {
     "dkm": "palettes: look-up tables trained together with the weights by differentiable k-means (DKM)",
     "least_squares": "least-squares binary quantization, which the weights were trained through, and whose levels are "
-    "the signed sums of {bits} scales",
+    "signed sums of scales, one for each bit",
     "lsq": "uniform quantization whose step was learned with the weights (LSQ)",
     "ewgs": "uniform quantization whose range and scale were learned with the weights, by element-wise scaled "
     "gradients (EWGS)",
@@ -147,7 +147,7 @@ def _activation_sentence(activations: dict[str, Any] | None) -> str | None:
     if settings.method in INPUT_SENTENCES:
         return f"{settings.bits}-bit {INPUT_SENTENCES[settings.method].format(**asdict(settings))}"
     kind = "ternary" if settings.basis == "ternary" else f"{settings.bits}-bit"
-    scales = "solved for each" if settings.moving_average == "off" else "of running averages"
+    scales = "solved for each input" if settings.moving_average == "off" else "of running averages"
     return f"{kind} least-squares binary codes, with scales {scales}"
 
 
