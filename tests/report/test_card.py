@@ -52,7 +52,7 @@ def test_card_names_a_binary_basis(checkpoint):
     )
     R2Quantizer.from_pretrained(checkpoint.with_name("toy")).quantize(out, config)
     card = render_card(out)
-    assert "2-bit weights by least-squares binary quantization, whose levels are the signed sums of 2" in card.text
+    assert "2-bit weights by least-squares binary quantization, whose levels are signed sums" in card.text
     assert "| least_squares 2-bit ternary, channel" in card.text
     assert "| least_squares 3-bit, channel" in card.text
     assert "2001.02786" in card.text
