@@ -205,6 +205,7 @@ def _newton_step(limit: Tensor, found: Tensor, t: Tensor) -> Tensor:
     return step.clamp_min(0).to(limit.dtype)
 
 
+@np.errstate(invalid="ignore")  # infinite elements make NaN of the limit, which is reported
 def _limit_of_many(block: Tensor, before: Tensor, t: float) -> Tensor:
     """Solve for τ where many elements of the only group stand above it, to 1e-5 of what stands out.
 

@@ -46,16 +46,16 @@ CODECS: dict[str, dict[str, Any]] = {
     "restricted": {"method": "uniform", "bits": 2},
     "least_squares": {"method": "least_squares", "bits": 3},
     "midrise": {"method": "uniform", "bits": 2, "grid": "midrise"},
-    "signs": {"method": "uniform", "bits": 1, "grid": "midrise"},
     "affine": {"method": "uniform", "bits": 4, "symmetric": False},
     "palette": {"method": "palette", "bits": 3},
     "vectors": {"method": "palette", "bits": 4, "cluster_dim": 3},
     "searched_range": {"method": "uniform", "bits": 5, "range": "mse"},
-    "percentile": {"method": "uniform", "bits": 4, "range": "percentile", "percentile": 95.0},
     "full": {"method": "uniform", "bits": 3, "grid": "full"},
     "two_scales": {"method": "least_squares", "bits": 2},
     "greedy": {"method": "least_squares", "bits": 3, "basis": "greedy"},
     "ternary": {"method": "least_squares", "bits": 2, "basis": "ternary"},
+    "signs": {"method": "uniform", "bits": 1, "grid": "midrise"},
+    "percentile": {"method": "uniform", "bits": 4, "range": "percentile", "percentile": 95.0},
 }
 GRAINS: tuple[str | int, ...] = ("tensor", "channel", 5)
 
