@@ -236,7 +236,8 @@ def compress_and_evaluate(
         variants = [(AS_TRAINED, as_trained, []), ("compressed", "re-estimated", ["batch_norm"])]
     calibration = calibration_data(recipe, data)
     for folder, batch_norm, refine in variants:
-        config = R2QuantizationConfig(**{**recipe.quantization, "refine": refine})
+        steps = [step for step in recipe.quantization.get("refine", []) if step != "batch_norm"]
+        config = R2QuantizationConfig(**{**recipe.quantization, "refine": [*steps, *refine]})
         quantizer.quantize(directory / folder, config, calibration, arguments.per_device_eval_batch_size)
         compressed = AutoModelForImageClassification.from_pretrained(directory / folder)
         metrics = evaluate_classifier(compressed, batches, f"Evaluating {arm}, {config.bits}-bit, {batch_norm}")
