@@ -225,10 +225,12 @@ def _limit_of_many(block: Tensor, before: Tensor, t: float) -> Tensor:
             limit = 0.0
             continue
         step, around = (total - t) / count, total / count / 4
-        density = ratio * np.count_nonzero(np.abs(sample - limit) < around) / (2 * around)
-        limit = max(limit + step + density * step**2 / (2 * count), 0.0)  # in this order, NaN stays
+        limit += step
         if abs(step) * count <= 0.005 * total:
+            density = ratio * np.count_nonzero(np.abs(sample - limit) < around) / (2 * around)
+            limit += density * step**2 / (2 * count)
             break
+        limit = max(limit, 0.0)  # in this order, NaN stays
     return before.new_full((1,), limit)
 
 

@@ -248,3 +248,19 @@ def test_storages_stay_resizable():
     picked = pick_cells(block, cell_peaks(block), block.abs().amax(dim=1))
     assert picked.of(block).shape[1] == cell_size(512)
     block.untyped_storage().resize_(0)  # as FSDP2 frees a weight that it has gathered
+
+
+@pytest.mark.parametrize("t", [5.0, 0.5, 0.05])
+def test_prox_that_starts_at_the_last_limits_stays_right_while_training_settles(t):
+    """The moves, and what is shaved off, shrink step by step, as with a learning rate that falls to zero."""
+    model = nn.Sequential(nn.Linear(576, 64))
+    projection = RangeProjection(model, "prox")
+    generator = torch.Generator().manual_seed(0)
+    for step in range(100):
+        rate = 1 - step / 100
+        with torch.no_grad():
+            noise = torch.randn((64, 576), generator=generator) * (torch.rand((64, 576), generator=generator) < 0.5)
+            before = model[0].weight.add_(1e-3 * rate * noise).clone()
+        expected = prox_l_inf(before, t * rate) - before
+        projection.step(t * rate)
+        assert (model[0].weight.detach() - before - expected).norm() <= 1e-3 * expected.norm()
