@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from hf_r2.aware.rounded import Rounded
 from hf_r2.aware.soft_kmeans import SoftKMeans, soft_kmeans
@@ -113,8 +112,7 @@ class DKM(Rounded):
         self, weight: Tensor, settings: CodecSettings, options: DKMOptions, transpose: bool, name: str
     ) -> None:
         super().__init__(settings, transpose, name)
-        if isinstance(weight, DTensor):
-            raise ValueError(f"{name} is cut by FSDP2, and DKM needs whole weights: train with DDP, or skip the weight")
+        self.require_whole(weight, "DKM needs")
         self.options = options
         # What a step ends with becomes the next one's start once a gradient has passed: when the forward pass is
         # repeated before that (gradient checkpointing), it has to find the same start

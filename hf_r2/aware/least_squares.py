@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from hf_r2.aware.gradients import StraightThrough
 from hf_r2.aware.rounded import Rounded
@@ -35,10 +34,7 @@ class LeastSquares(Rounded):
 
     def __init__(self, weight: Tensor, settings: CodecSettings, transpose: bool, name: str) -> None:
         super().__init__(settings, transpose, name)
-        if isinstance(weight, DTensor):
-            raise ValueError(
-                f"{name} is cut by FSDP2, and bases need whole weights: train with DDP, or skip the weight"
-            )
+        self.require_whole(weight, "bases need")
         self.swept = settings.bits == 2 and settings.basis == "optimal"
         # A forward pass that is repeated (gradient checkpointing) must not sweep again
         self.advance = True

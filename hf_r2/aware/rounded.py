@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_r2.codecs import CodecSettings, Encoded, decode, encode
 
@@ -52,6 +53,13 @@ class Rounded(nn.Module):
     def output_first(self, weight: Tensor) -> Tensor:
         """Put the output channels first, or back."""
         return weight.T if self.transpose else weight
+
+    def require_whole(self, weight: Tensor, what: str) -> None:
+        """Raise a ValueError for a weight that FSDP2 has cut, if what is trained needs all of it."""
+        if isinstance(weight, DTensor):
+            raise ValueError(
+                f"{self.name} is cut by FSDP2, and {what} whole weights: train with DDP, or skip the weight"
+            )
 
     def warnings(self, weight: Tensor) -> list[str]:
         """Nothing can go wrong here."""

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from hf_r2.aware.rounded import Rounded
 from hf_r2.codecs import CodecSettings, Encoded
@@ -43,10 +42,7 @@ class UniformWeight(Rounded):
 
     def __init__(self, weight: Tensor, settings: CodecSettings, transpose: bool, name: str) -> None:
         super().__init__(settings, transpose, name)
-        if isinstance(weight, DTensor):
-            raise ValueError(
-                f"{name} is cut by FSDP2, and scales need whole weights: train with DDP, or skip the weight"
-            )
+        self.require_whole(weight, "scales need")
         if settings.grid not in self.grids:
             raise ValueError(
                 f"{name} has grid={settings.grid or 'none, but a zero point'}, which {type(self).__name__} does not "
