@@ -12,7 +12,6 @@ import logging
 import math
 import multiprocessing
 import os
-import statistics
 import sys
 import warnings
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from plan import load_result, load_study, save_result
+from tables import insert, spread
 from tqdm import tqdm
 
 from hf_r2.files import atomic_write
@@ -188,13 +188,9 @@ def render(study: dict[str, Any]) -> str:
         runs = [load_result(study, cell(study, start, seed, bits, method)) for seed in study["seeds"]]
         if None in runs:
             raise SystemExit(f"runs of {start}, {method}, {bits} bits are missing: python recipes/study/aware.py")
-        figures = (_spread([100 * run[key] for run in runs]) for key in ("float", "accuracy", "accuracy_bn"))
+        figures = (spread([100 * run[key] for run in runs]) for key in ("float", "accuracy", "accuracy_bn"))
         rows.append((start, method, str(bits), *figures))
     return f"Accuracy in %, grain {study.get('grain', 'tensor')}.\n\n{markdown_table(header, rows)}"
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 def main() -> None:
@@ -208,9 +204,7 @@ def main() -> None:
     if not options.render:
         run(study, options.processes)
     current = README.read_text(encoding="utf-8")
-    begin, end = f"<!-- {study['name']}: rendered by recipes/study/aware.py -->", f"<!-- end of {study['name']} -->"
-    head, _, rest = current.partition(begin)
-    rendered = f"{head}{begin}\n\n{render(study)}\n\n{end}{rest.partition(end)[2]}"
+    rendered = insert(current, study["name"], "aware.py", render(study))
     if not options.check:
         atomic_write(README, rendered)
     elif rendered != current:

@@ -84,7 +84,14 @@ def run_cell(spec: dict[str, Any]) -> dict[str, Any]:
     return {**measured, "seconds": time.perf_counter() - start}
 
 
-def fit(model: nn.Module, train: Examples, spec: dict[str, Any], candidate: dict[str, Any]) -> list[dict[str, float]]:
+def fit(
+    model: nn.Module,
+    train: Examples,
+    spec: dict[str, Any],
+    candidate: dict[str, Any],
+    config: R2QuantizationConfig | None = None,
+) -> list[dict[str, float]]:
+    """Train in place, with R2 as the candidate says; with a config, through compression, and compress in the end."""
     arguments = {"r2_mode": "none", "r2_grain": spec["grain"], **spec["training"], **candidate}
     with tempfile.TemporaryDirectory() as directory:
         args = R2TrainingArguments(
@@ -99,7 +106,7 @@ def fit(model: nn.Module, train: Examples, spec: dict[str, Any], candidate: dict
             remove_unused_columns=False,
             **arguments,
         )
-        trainer = R2Trainer(model=model, args=args, train_dataset=train)
+        trainer = R2Trainer(model=model, args=args, train_dataset=train, quantization_config=config)
         trainer.train()
     return trainer.state.log_history
 

@@ -5,17 +5,16 @@ python recipes/study/render.py recipes/study/range_restriction.yaml --check   # 
 """
 
 import argparse
-import statistics
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from plan import candidates, chosen, load_result, load_study, settings, tests, trials
+from tables import insert, spread
 
 from hf_r2.files import atomic_write
 
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- {}: rendered by recipes/study/render.py -->", "<!-- end of {} -->"
 COLUMNS = {
     "float": "float",
     "min_max": "2 bits",
@@ -48,8 +47,8 @@ def _table(study: dict[str, Any], rows: list[tuple[str, str, str]]) -> str:
     ]
     for row in rows:
         runs = measured[row[2]]
-        cells = [_spread([100 * run[column] for run in runs], 1) for column in columns]
-        cells.append(_spread([run["crest_factor"] for run in runs], 2))
+        cells = [spread([100 * run[column] for run in runs], 1) for column in columns]
+        cells.append(spread([run["crest_factor"] for run in runs], 2))
         lines.append(f"| {row[2]} | {_choice(study, row)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -73,10 +72,6 @@ def _choice(study: dict[str, Any], row: tuple[str, str, str]) -> str:
 def _chance(study: dict[str, Any], rows: list[tuple[str, str, str]]) -> str:
     bigram = _results(study, rows[0])[0].get("bigram")
     return f" The most frequent successor of a byte is right in {100 * bigram:.1f} %." if bigram is not None else ""
-
-
-def _spread(values: list[float], digits: int) -> str:
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def draw(study: dict[str, Any], path: Path) -> None:
@@ -105,13 +100,6 @@ def draw(study: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def insert(text: str, name: str, rendered: str) -> str:
-    """Put what is rendered between the markers of a study."""
-    head, _, rest = text.partition(BEGIN.format(name))
-    _, _, tail = rest.partition(END.format(name))
-    return f"{head}{BEGIN.format(name)}\n\n{rendered}\n\n{END.format(name)}{tail}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
@@ -119,7 +107,7 @@ def main() -> None:
     options = parser.parse_args()
     study, readme = load_study(options.study), HERE / "README.md"
     current = readme.read_text(encoding="utf-8")
-    rendered = insert(current, study["name"], render(study))
+    rendered = insert(current, study["name"], "render.py", render(study))
     if not options.check:
         atomic_write(readme, rendered)
         draw(study, HERE / f"{study['name']}.png")
