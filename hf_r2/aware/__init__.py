@@ -15,6 +15,7 @@ AWARE_METHODS = {
     "lsq": "uniform",
     "ewgs": "uniform",
     "dorefa": "uniform",
+    "pact": "uniform",
 }
 """Methods, each with the codec that it trains."""
 
@@ -24,13 +25,14 @@ PARAMETRIZATIONS: dict[str, type[Rounded]] = {
     "lsq": LSQ,
     "ewgs": EWGS,
     "dorefa": DoReFa,
+    "pact": DoReFa,  # its own part is the clips of inputs
 }
 """Methods, each with its parametrization of the weight."""
 
 AWARE_OPTIONS: dict[str, type[DKMOptions | EWGSOptions]] = {"dkm": DKMOptions, "ewgs": EWGSOptions}
 """Methods that have options, each with its dataclass of them."""
 
-AWARE_GRIDS = {"lsq": "full", "ewgs": "midrise", "dorefa": "midrise"}
+AWARE_GRIDS = {"lsq": "full", "ewgs": "midrise", "dorefa": "midrise", "pact": "midrise"}
 """Methods of the uniform codec, each with the grid of its paper."""
 
 __all__ = [

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from hf_r2.aware.activation_settings import ActivationSettings
 from hf_r2.aware.gradients import ScaledGradient
-from hf_r2.aware.input_quantizer import LearnedInputs, averaged
+from hf_r2.aware.input_quantizer import LearnedInputs, averaged, largest
 from hf_r2.aware.uniform_weight import LEAST, UniformWeight
 from hf_r2.codecs import CodecSettings
+
+HESSIAN = "hessian"
 
 HALF_NORMAL = math.sqrt(1 - 2 / math.pi)
 """Standard deviation of |z| for a normal z of variance 1, as after a ReLU without its zeros."""
@@ -31,17 +33,19 @@ class EWGSOptions:
     """Options of EWGS: `R2QuantizationConfig.aware_options`.
 
     Args:
-        delta: δ ≥ 0 of all weights; `hf_r2.aware.ewgs_delta.update_deltas` gives every layer its own.
+        delta: δ ≥ 0 of all weights; or `"hessian"`: every quantizer, those of inputs too, has its own from second
+            derivatives, which R2Trainer finds when compression begins and with every epoch. In a loop of your own, call
+            `hf_r2.aware.ewgs_delta.update_deltas` then; until the first call δ is 0.
 
     Raises:
         ValueError: for a value out of its range.
     """
 
-    delta: float = 1e-3
+    delta: float | str = 1e-3
 
     def __post_init__(self) -> None:
-        if not 0 <= self.delta < math.inf:
-            raise ValueError(f"delta={self.delta} is not a number ≥ 0")
+        if self.delta != HESSIAN and (isinstance(self.delta, str) or not 0 <= self.delta < math.inf):
+            raise ValueError(f"delta={self.delta!r} is neither a number ≥ 0 nor {HESSIAN!r}")
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -110,7 +114,8 @@ class EWGS(UniformWeight):
     ) -> None:
         super().__init__(weight, settings, transpose, name)
         self.steps = 2**settings.bits - 1
-        delta = torch.full((), options.delta, dtype=torch.float32, device=weight.device)
+        first = 0.0 if options.delta == HESSIAN else options.delta
+        delta = torch.full((), first, dtype=torch.float32, device=weight.device)
         self.register_buffer("delta", delta, persistent=False)
 
     def first_values(self, block: Tensor) -> dict[str, Tensor]:
@@ -154,7 +159,10 @@ class EWGSInputs(LearnedInputs):
 
     def begin(self, inputs: Tensor) -> None:
         """Take the bounds of a batch."""
-        low, deviation = averaged(torch.stack([inputs.amin(), inputs.std(correction=0)])).split(1)
+        low = -largest(-inputs.amin().reshape(1))
+        wide = inputs.double()
+        mean, square = averaged(torch.stack([wide.mean(), wide.square().mean()])).float()
+        deviation = (square - mean.square()).clamp_min(0).sqrt()
         self.lower.copy_(low)
         self.upper.copy_(torch.maximum(3 * deviation / HALF_NORMAL, low + LEAST))
 

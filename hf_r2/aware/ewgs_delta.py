@@ -1,6 +1,6 @@
 """The δ of EWGS from second derivatives (Lee et al., arXiv 2104.00903, section 3.2), by Hutchinson's estimator."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_r2.aware.ewgs import EWGS, EWGSInputs
+from hf_r2.aware.input_quantizer import averaged
 
-PROBES = 50
-"""The paper's number of probes."""
+PROBES, BATCH = 50, 16
+"""The paper's number of probes, and of examples that it takes at a time."""
 
 
 def hessian_traces(loss: Tensor, tensors: Sequence[Tensor], probes: int = PROBES) -> tuple[list[Tensor], list[Tensor]]:
@@ -42,16 +43,20 @@ def hessian_traces(loss: Tensor, tensors: Sequence[Tensor], probes: int = PROBES
 def update_deltas(model: nn.Module, batches: Iterable[Mapping[str, Any]], probes: int = PROBES) -> list[float]:
     """Give every EWGS quantizer of a model the δ of its layer: `max(0, Tr(H) / N / (3 std(g)))`.
 
-    g and H are gradient and Hessian of the loss in its N quantized values x_q, averaged over the batches. The paper
-    takes 10 batches of 16 at the start of every epoch. The model is left as it was but for δ.
+    g and H are gradient and Hessian of the loss in its N quantized values x_q, averaged over the batches, and over all
+    processes, which must call it together. The paper takes 10 batches of 16 at the start of every epoch. The model is
+    left as it was but for δ.
 
     Args:
-        model: attached, with compression begun.
-        batches: keyword arguments of the model, with labels, on its device.
+        model: attached, with compression begun, and trained for a step if its inputs' quantization is learned.
+        batches: keyword arguments of the model, with labels, on its device; see [`small_batches`].
         probes: see [`hessian_traces`].
 
     Returns:
         What δ became, in the order of `model.modules()`.
+
+    Raises:
+        ValueError: if the model computes no loss.
     """
     quantizers = [module for module in model.modules() if isinstance(module, EWGS | EWGSInputs)]
     statistics = [torch.zeros(2, device=quantizer.delta.device) for quantizer in quantizers]
@@ -62,16 +67,31 @@ def update_deltas(model: nn.Module, batches: Iterable[Mapping[str, Any]], probes
             quantizer.watched = []
         # The other kernels of attention have no second derivative
         with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH):
-            _add_statistics(model(**batch).loss, quantizers, statistics, probes)
+            loss = model(**batch).loss
+            if loss is None:
+                raise ValueError("δ of EWGS from the Hessian needs the model's loss: give it batches with labels")
+            _add_statistics(loss, quantizers, statistics, probes)
     for quantizer in quantizers:
         quantizer.watched = None
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
-        for quantizer, (trace, deviation) in zip(quantizers, statistics, strict=True):
+        for quantizer, (trace, deviation) in zip(quantizers, map(averaged, statistics), strict=True):
             quantizer.delta.copy_((trace / (3 * deviation)).nan_to_num(0.0, posinf=0.0).clamp_min(0))
     model.train(training)
     return [float(quantizer.delta) for quantizer in quantizers]
+
+
+def small_batches(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Cut a batch into those of the paper's size; what has no dimension of examples goes with each."""
+    examples = max(len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim())
+
+    def part(value: Any, start: int) -> Any:
+        cut = isinstance(value, Tensor) and value.dim() and len(value) == examples
+        return value[start : start + BATCH] if cut else value
+
+    for start in range(0, examples, BATCH):
+        yield {key: part(value, start) for key, value in batch.items()}
 
 
 def _add_statistics(loss: Tensor, quantizers: Sequence[Any], statistics: Sequence[Tensor], probes: int) -> None:

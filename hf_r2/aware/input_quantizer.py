@@ -105,3 +105,10 @@ def averaged(statistics: Tensor) -> Tensor:
         distributed.all_reduce(statistics)
         statistics /= distributed.get_world_size()
     return statistics
+
+
+def largest(values: Tensor) -> Tensor:
+    """Take the largest values of a batch over all processes."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(values, distributed.ReduceOp.MAX)
+    return values

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from hf_r2.aware.activation_settings import ActivationSettings
 from hf_r2.aware.gradients import StraightThrough
-from hf_r2.aware.input_quantizer import LearnedInputs, averaged
+from hf_r2.aware.input_quantizer import LearnedInputs, largest
 from hf_r2.aware.uniform_weight import LEAST
 from hf_r2.codecs.uniform import divisor
 
@@ -27,7 +27,7 @@ class PACTInputs(LearnedInputs):
 
     def begin(self, inputs: Tensor) -> None:
         """Clip nothing at first."""
-        self.alpha.copy_(averaged(inputs.amax().reshape(1)).clamp_min(LEAST))
+        self.alpha.copy_(largest(inputs.amax().reshape(1)).clamp_min(LEAST))
 
     def rounded(self, inputs: Tensor) -> Tensor:
         """Clip and round."""

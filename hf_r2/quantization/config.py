@@ -106,6 +106,11 @@ class R2QuantizationConfig(QuantizationConfigMixin):
         if activations is not None:
             _refuse_unknown(activations, ActivationSettings.names(), "activations")
             self.activations = ActivationSettings(**activations).to_dict()
+        if self.aware == "pact" and (self.activations or {}).get("method") != "pact":
+            raise ValueError(
+                "aware='pact' clips inputs, and quantizes weights as dorefa does: add activations={'method': 'pact', "
+                "'bits': …}, or set aware='dorefa'"
+            )
         self.format_version = format_version
         self.sha256 = sha256
         if isinstance(min_numel, bool) or not isinstance(min_numel, int) or min_numel < 0:

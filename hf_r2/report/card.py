@@ -30,6 +30,7 @@ AWARE_SENTENCES = {
     "ewgs": "uniform quantization whose range and scale were learned with the weights, by element-wise scaled "
     "gradients (EWGS)",
     "dorefa": "uniform quantization of the tanh of the weights, which were trained through it (DoReFa)",
+    "pact": "uniform quantization of the tanh of the weights, which were trained through it, as PACT does (DoReFa)",
 }
 INPUT_SENTENCES = {
     "uniform": "uniform levels over {range} ranges",

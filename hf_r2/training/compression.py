@@ -1,12 +1,15 @@
 """Compression-aware training in the Trainer: when it begins, what it warns of, and what it leaves."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from hf_r2.aware.ewgs import HESSIAN
+from hf_r2.aware.ewgs_delta import small_batches, update_deltas
 from hf_r2.quantization import R2QuantizationConfig, attach, attached, compress, finalize, start_compression
 from hf_r2.quantization.attach import trained_names
 from hf_r2.quantization.quantizer import FloatWeights
@@ -43,7 +46,7 @@ class TrainedCompression:
         self.start_ratio = start_ratio
         self.facts: dict[str, Any] = {}
         self.floats: FloatWeights | None = None
-        self._begun = False
+        self._begun = self._deltas_are_due = False
         self._warned: set[str] = set()
 
     def attach(self, model: nn.Module) -> None:
@@ -52,11 +55,20 @@ class TrainedCompression:
             attach(model, self.config, start=False)
             self._begun = False
 
-    def step(self, model: nn.Module, progress: float) -> None:
+    def step(self, model: nn.Module, progress: float, new_epoch: bool) -> None:
         """Begin, once training has come far enough: progress is in 0–1."""
-        if not self._begun and progress >= self.start_ratio:
+        begins = not self._begun and progress >= self.start_ratio
+        if begins:
+            new_epoch |= not any(step.active for _, step in attached(model).values())  # not for a run that is resumed
             start_compression(model)
             self._begun = True
+        self._deltas_are_due |= self._begun and new_epoch
+
+    def after_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        """Find δ of EWGS anew, where it is asked for, with the first batch of an epoch or of compression."""
+        if self._deltas_are_due and self.config.aware_options.get("delta") == HESSIAN:
+            update_deltas(model, small_batches(batch))
+        self._deltas_are_due = False
 
     def warn(self, model: nn.Module) -> None:
         """Warn of temperatures that are too high, once per weight."""

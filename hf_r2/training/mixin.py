@@ -135,7 +135,8 @@ class R2Mixin:
     def begin_compression(self) -> None:
         """Begin compression-aware training once its time has come."""
         if self.compression is not None:
-            self.compression.step(self.model, self._progress())
+            # The epoch is a whole number at its first step alone
+            self.compression.step(self.model, self._progress(), new_epoch=self.state.epoch % 1 == 0)
 
     def _regularize(self, model: nn.Module) -> None:
         self._probed = False
@@ -328,9 +329,11 @@ class R2Mixin:
         by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return by_model or self.compute_loss_func is not None
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Take a micro-batch's step; with the last of an optimizer step, add the R2 term's gradient."""
-        loss = super().training_step(*args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.compression is not None:
+            self.compression.after_batch(self.model, self._prepare_inputs(inputs))
         if self._r2_value is not None and self.accelerator.sync_gradients:
             self._r2_total = self._r2_total + self._r2_value
             self._r2_steps += 1

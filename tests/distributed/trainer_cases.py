@@ -39,6 +39,7 @@ class Case:
         train: whether to train at all.
         evaluate: whether to evaluate in the end.
         resume: CASE/CHECKPOINT.
+        quantization: of the R2QuantizationConfig, for `r2_aware`, beside codec, bits and grain.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Case:
     train: bool = True
     evaluate: bool = False
     resume: str | None = None
+    quantization: dict[str, Any] = field(default_factory=dict)
 
 
 def write_cases(directory, cases):

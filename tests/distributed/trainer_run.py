@@ -50,7 +50,7 @@ def run_case(case, directory, name):
     others = {"eval_dataset": data}
     if "r2_aware" in case.arguments:
         codec = AWARE_METHODS[case.arguments["r2_aware"]]
-        others["quantization_config"] = R2QuantizationConfig(codec, bits=2, grain="channel")
+        others["quantization_config"] = R2QuantizationConfig(codec, bits=2, grain="channel", **case.quantization)
     arguments = dict(case.arguments)
     if arguments.get("r2_teacher") == "saved":
         arguments["r2_teacher"] = str(directory / "models" / f"{case.model}_teacher")

@@ -30,7 +30,8 @@ SETTINGS = {
     "ewgs, inputs": {**UNIFORM, "aware": "ewgs", "grain": "tensor", "activations": {"method": "ewgs", "bits": 2}},
     "ewgs, 1 bit": {**UNIFORM, "aware": "ewgs", "bits": 1, "aware_options": {"delta": 0.1}},
     "dorefa, inputs": {**UNIFORM, "aware": "dorefa", "activations": {"method": "dorefa", "bits": 2}},
-    "dorefa, 1 bit": {**UNIFORM, "aware": "dorefa", "bits": 1, "activations": {"method": "pact", "bits": 4}},
+    "dorefa, 1 bit": {**UNIFORM, "aware": "dorefa", "bits": 1, "activations": {"method": "dorefa", "bits": 4}},
+    "pact": {**UNIFORM, "aware": "pact", "bits": 2, "activations": {"method": "pact", "bits": 4}},
     "lsq, static inputs": {**UNIFORM, "aware": "lsq", "activations": {"method": "uniform", "range": "static"}},
     "palettes, tokens": {"activations": {"method": "uniform", "bits": 4, "grain": "token", "symmetric": True}},
 }
@@ -271,6 +272,8 @@ def test_the_first_and_the_last_layer_have_a_policy_of_their_own():
         ({"method": "palette", "aware": "lsq"}, "aware='lsq' trains the codec 'uniform'"),
         ({"aware": "ewgs", "aware_options": {"deltas": 3}}, "did you mean 'delta'"),
         ({"aware": "ewgs", "aware_options": {"delta": -1}}, "delta=-1"),
+        ({"aware": "ewgs", "aware_options": {"delta": "trace"}}, "delta='trace' is neither"),
+        ({"aware": "pact"}, "add activations="),
         ({"activations": {"method": "lsg"}}, "unknown activations method 'lsg'"),
         ({"activations": {"bit": 2}}, "did you mean 'bits'"),
         ({"activations": {"bits": 9}}, "bits=9"),

@@ -64,6 +64,7 @@ def test_card_names_a_binary_basis(checkpoint):
     [
         ("lsq", {"method": "lsq"}, "whose step was learned", "2-bit uniform levels of learned step", ["1902.08153"]),
         ("dorefa", {"method": "pact"}, "tanh of the weights", "learned clip (PACT)", ["1606.06160", "1805.06085"]),
+        ("pact", {"method": "pact"}, "as PACT does (DoReFa)", "learned clip (PACT)", ["1805.06085"]),
         ("ewgs", {"method": "uniform", "range": "static"}, "(EWGS)", "levels over static ranges", ["2104.00903"]),
     ],
 )

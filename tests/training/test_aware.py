@@ -2,6 +2,7 @@
 
 import json
 import logging
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from training_cases import assert_same, logged, make_bert, make_data, make_gpt2,
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, TrainerCallback
 
 from hf_r2 import R2QuantizationConfig, R2Trainer
+from hf_r2.aware.ewgs import EWGS, EWGSInputs
 from hf_r2.quantization import attached
 
 PALETTE = R2QuantizationConfig("palette", bits=2, grain="tensor")
@@ -96,7 +98,15 @@ METHODS = {
     "least_squares, activations": BINARY_INPUTS,
     "lsq": R2QuantizationConfig(bits=2, grid="full", activations={"method": "lsq", "bits": 4}),
     "ewgs": R2QuantizationConfig(**UNIFORM, activations={"method": "ewgs", "bits": 4}),
-    "dorefa": R2QuantizationConfig(**UNIFORM, activations={"method": "pact", "bits": 4}),
+    "ewgs, Hessian": R2QuantizationConfig(
+        **UNIFORM,
+        aware="ewgs",
+        aware_options={"delta": "hessian"},
+        include=["classifier.*", "*.pooler.*"],
+        activations={"method": "ewgs", "bits": 4},
+    ),
+    "dorefa": R2QuantizationConfig(**UNIFORM, activations={"method": "dorefa", "bits": 4}),
+    "pact": R2QuantizationConfig(**UNIFORM, activations={"method": "pact", "bits": 4}),
     "lsq, uniform activations": R2QuantizationConfig(bits=4, activations={"method": "uniform", "range": "static"}),
 }
 
@@ -112,7 +122,36 @@ def test_every_method_trains_evaluates_saves_and_reloads_one_model(make_aware, m
     assert_same(snapshot(reloaded), snapshot(trainer.model))
 
 
-@pytest.mark.parametrize("method", ["lsq", "ewgs", "dorefa"])
+class Deltas(TrainerCallback):
+    """Notes every δ at the start and after every step."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_train_begin(self, *args, model, **kwargs):
+        self.found.append([float(m.delta) for m in model.modules() if isinstance(m, EWGS | EWGSInputs)])
+
+    on_step_end = on_train_begin
+
+
+@pytest.mark.parametrize(("ratio", "changes"), [(0.0, [1, 4, 7]), (0.5, [5, 7])])
+def test_delta_from_the_hessian_is_found_when_compression_begins_and_with_every_epoch(make_aware, ratio, changes):
+    trainer = make_aware(
+        config=METHODS["ewgs, Hessian"],
+        r2_aware="ewgs",
+        r2_aware_start_ratio=ratio,
+        per_device_train_batch_size=8,
+        max_steps=8,  # of three in an epoch
+    )
+    deltas = Deltas()
+    trainer.add_callback(deltas)
+    trainer.train()
+    assert sorted(deltas.found[0]) == pytest.approx([0, 0, 1e-3, 1e-3])
+    steps = enumerate(pairwise(deltas.found), start=1)
+    assert [step for step, (before, after) in steps if before != after] == changes
+
+
+@pytest.mark.parametrize("method", ["lsq", "ewgs", "pact"])
 def test_weight_decay_spares_what_quantizers_learn_but_not_the_clips_of_pact(make_aware, method):
     trainer = make_aware(config=METHODS[method], r2_aware=method, weight_decay=0.1)
     trainer.create_optimizer()
@@ -120,7 +159,7 @@ def test_weight_decay_spares_what_quantizers_learn_but_not_the_clips_of_pact(mak
     decayed, spared = ({names[id(parameter)] for parameter in g["params"]} for g in trainer.optimizer.param_groups)
     learned = {name for name in names.values() if ".weight.0." in name or "input_quantizer" in name}
     clips = {name for name in learned if name.endswith("alpha")}
-    assert bool(clips) == (method == "dorefa")
+    assert bool(clips) == (method == "pact")
     assert learned - clips <= spared
     assert clips <= decayed
     assert any(name.endswith("original") for name in decayed)
