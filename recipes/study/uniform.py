@@ -111,16 +111,14 @@ def run_start(job: tuple[dict[str, Any], list[Cell]]) -> int:
 
 
 def measured(model: Any, train: Any, evaluation: Any) -> dict[str, float]:
-    """Measure a quantized model as it is and, unless its batch norms are folded, with them re-estimated."""
+    """Measure a quantized model as it is, and with batch norm re-estimated."""
     from cell import accuracy
 
-    from hf_r2.refine import batch_norms, reestimate_batch_norm
+    from hf_r2.refine import reestimate_batch_norm
 
-    found = {"accuracy": accuracy(model, evaluation)}
-    if batch_norms(model):
-        reestimate_batch_norm(model, ({"pixel_values": batch["pixel_values"]} for batch in train.batches()))
-        found["accuracy_bn"] = accuracy(model, evaluation)
-    return found
+    as_it_is = accuracy(model, evaluation)
+    reestimate_batch_norm(model, ({"pixel_values": batch["pixel_values"]} for batch in train.batches()))
+    return {"accuracy": as_it_is, "accuracy_bn": accuracy(model, evaluation)}
 
 
 def quantization(spec: Cell) -> Any:
@@ -183,11 +181,8 @@ def render(study: dict[str, Any]) -> str:
         rows.append((start, method, floats, *cells))
     header = ("start", "method", "float")
     header += tuple(f"W{width}{kind}" for width in bits for kind in ("", ", BN"))
-    parts = [
-        f"**After training**: accuracy in %, grain {study['grain']}, float inputs. BN: batch norm re-estimated; a "
-        "dash where it is folded.",
-        markdown_table(header, rows),
-    ]
+    intro = f"**After training**: accuracy in %, grain {study['grain']}, float inputs. BN: batch norm re-estimated."
+    parts = [intro, markdown_table(header, rows)]
     rows = []
     for start, width, method in trained_rows(study):
         runs, rate = trained_results(study, start, width, method)
@@ -200,7 +195,7 @@ def render(study: dict[str, Any]) -> str:
 
 
 def figures(runs: list[dict[str, float]], key: str) -> str:
-    return spread([100 * run[key] for run in runs]) if key in runs[0] else "–"
+    return spread([100 * run[key] for run in runs])
 
 
 def post_training_results(study: dict[str, Any], start: str, bits: int, method: str) -> list[dict[str, float]]:

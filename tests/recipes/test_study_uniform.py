@@ -31,7 +31,7 @@ def test_a_cell_after_training_measures_everything(study, method):
     spec = uniform.post_training_cell(study, "R2 prox", 0, 4, method)
     assert uniform.run_start((study, [spec])) == 1
     result = plan.load_result(study, spec)
-    assert set(result) == {"float", "accuracy"} | ({"accuracy_bn"} if method != "DFQ" else set())
+    assert set(result) == {"float", "accuracy", "accuracy_bn"}
     assert all(0 <= figure <= 1 for figure in result.values())
 
 
