@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub.errors import HTTPError
 from optimum.quantization_base import OptimumQuantizer
 from optimum.utils.save_utils import maybe_load_preprocessors
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, PreTrainedModel, default_data_collator
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, default_data_collator
 
 from hf_r2.aware.activations import observe_inputs
 from hf_r2.codecs import Encoded, decode, mse, sqnr
@@ -112,6 +114,7 @@ class R2Quantizer(OptimumQuantizer):
             manifest.add(
                 "quantize",
                 base_model=manifest.last("train").get("hub_model_id") or _base_model(self.source),
+                license=_license(self.source),
                 quantization_config=quantization_config.to_dict(),
                 weights=floats.compared_with(model.hf_quantizer.encoded),
                 bytes={"float": float_bytes, "compressed": weight_file_bytes(scratch)},
@@ -151,6 +154,15 @@ def _model_class(source: str) -> type[PreTrainedModel]:
     config = AutoConfig.from_pretrained(source)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{source} is already quantized; name the float checkpoint it was made from")
+    return architecture_class(config, source)
+
+
+def architecture_class(config: PretrainedConfig, source: str) -> type[PreTrainedModel]:
+    """Return the model class that a checkpoint's config names.
+
+    Raises:
+        ValueError: if transformers has no such class.
+    """
     architecture = (config.architectures or [None])[0]
     model_class = getattr(transformers, architecture or "", None)
     if model_class is None:
@@ -230,3 +242,12 @@ class FloatWeights:
 def _base_model(source: str) -> str:
     """Name the float checkpoint: a Hub name as it is, a local one by its folder."""
     return Path(source).name if os.path.isdir(source) else source
+
+
+def _license(source: str) -> str | None:
+    """Read the license off the float checkpoint's card, if it has one."""
+    try:
+        path = Path(source) / "README.md" if os.path.isdir(source) else hf_hub_download(source, "README.md")
+        return ModelCard.load(path).data.license
+    except (OSError, ValueError, HTTPError):
+        return None
