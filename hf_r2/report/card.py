@@ -2,17 +2,22 @@
 
 import math
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from hf_r2.aware import ActivationSettings
+from hf_r2.files import atomic_write
 from hf_r2.report.manifest import Manifest
 from hf_r2.report.tables import markdown_table, result_table
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
+CARD_NAME = "README.md"
+RESULTS_FOLDER = ".eval_results"
 
 METHOD_SENTENCES = {
     "uniform": "uniform quantization, whose levels are equally spaced",
@@ -75,7 +80,8 @@ RESTRICTION_SENTENCES = {
 def render_card(directory: str | os.PathLike[str]) -> ModelCard:
     """Render the card of a compressed checkpoint from its manifest and write it as README.md.
 
-    Nothing is typed: what the manifest does not hold has no line.
+    Nothing is typed: what the manifest does not hold has no line. Results on a data set of the Hub are also written
+    to `.eval_results/`, from where the Hub shows them with the data set.
 
     Raises:
         ValueError: if the directory has no manifest with a quantize stage.
@@ -85,8 +91,37 @@ def render_card(directory: str | os.PathLike[str]) -> ModelCard:
     if not manifest.last("quantize"):
         raise ValueError(f"{directory} has no manifest of a compressed checkpoint: make it with R2Quantizer.quantize")
     card = build_card(manifest)
-    card.save(directory / "README.md")
+    card.save(directory / CARD_NAME)
+    entries = eval_result_entries(manifest)
+    shutil.rmtree(directory / RESULTS_FOLDER, ignore_errors=True)
+    if entries:
+        (directory / RESULTS_FOLDER).mkdir()
+        text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+        name = entries[0].dataset_id.replace("/", "--")
+        atomic_write(directory / RESULTS_FOLDER / f"{name}.yaml", text)
     return card
+
+
+def eval_result_entries(manifest: Manifest) -> list[EvalResultEntry]:
+    """List the published results on data sets of the Hub, in the form that it shows them with the data set."""
+    evaluate = manifest.last("evaluate")
+    published, data = _published_row(evaluate), evaluate.get("data") or {}
+    if not published or not data.get("hub_name"):
+        return []
+    return [
+        EvalResultEntry(
+            dataset_id=data["hub_name"],
+            task_id=data.get("config") or "default",
+            value=published["accuracy"],
+            dataset_revision=data.get("revision"),
+            date=evaluate["finished"],
+            notes=f"accuracy (0-1) on the {data['split']} split, {published['examples']} examples",
+        )
+    ]
+
+
+def _published_row(evaluate: dict[str, Any]) -> dict[str, Any]:
+    return next((row for row in evaluate.get("rows", []) if row.get("published")), {})
 
 
 def build_card(manifest: Manifest) -> ModelCard:
@@ -97,16 +132,21 @@ def build_card(manifest: Manifest) -> ModelCard:
 
 def _card_facts(manifest: Manifest) -> dict[str, Any]:
     """Gather what the template shows from a manifest's stages."""
-    train, quantize, evaluate = (manifest.last(stage) for stage in ("train", "quantize", "evaluate"))
+    stages = [manifest.last(stage) for stage in ("train", "quantize", "evaluate")]
+    train, quantize, evaluate = stages
+    publish = manifest.last("publish")
     config = quantize["quantization_config"]
     rows = evaluate.get("rows", [])
-    published = next((row for row in rows if row.get("published")), {})
+    published = _published_row(evaluate)
     weights = quantize["weights"]
     elements = [math.prod(weight["shape"]) for weight in weights]
     bits = sum(w["bits_per_weight"] * n for w, n in zip(weights, elements, strict=True)) / sum(elements)
     return {
         "name": evaluate.get("name") or f"{quantize['base_model']}-{config['bits']}bit{_over(config, '-over-')}",
         "base_model": quantize["base_model"],
+        "license": quantize.get("license"),
+        "repo_id": publish.get("repo_id"),
+        "float_revision": publish.get("float_revision"),
         "config": {**config, "bits": f"{config['bits']}{_over(config, '/')}"},
         "bits_tag": f"{config['bits']}-bit{_over(config, '-over-')}",
         "method_sentence": _method_sentence(config),
@@ -130,6 +170,7 @@ def _card_facts(manifest: Manifest) -> dict[str, Any]:
         "seed": train.get("seed"),
         "recipe": evaluate.get("recipe"),
         "environment": (evaluate or quantize)["environment"],
+        "commands": list(dict.fromkeys(stage["environment"]["command"] for stage in stages if stage)),
         "seconds": evaluate.get("seconds"),
     }
 
@@ -164,15 +205,18 @@ def _metadata(facts: dict[str, Any]) -> ModelCardData:
         results = [
             EvalResult(
                 task_type=facts["pipeline_tag"],
-                dataset_type=facts["data"]["name"],
+                dataset_type=facts["data"].get("hub_name") or facts["data"]["name"],
                 dataset_name=facts["data"]["name"],
+                dataset_config=facts["data"].get("config"),
                 dataset_split=facts["data"]["split"],
+                dataset_revision=facts["data"].get("revision"),
                 metric_type="accuracy",
                 metric_name="Accuracy",
                 metric_value=facts["published"]["accuracy"],
             )
         ]
     return ModelCardData(
+        license=facts["license"],
         base_model=facts["base_model"],
         base_model_relation="quantized",
         library_name="transformers",

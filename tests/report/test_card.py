@@ -1,5 +1,6 @@
 import pytest
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_r2 import R2QuantizationConfig, R2Quantizer
@@ -167,3 +168,69 @@ def test_directory_without_a_compressed_checkpoint_has_no_card(tmp_path):
     with pytest.raises(ValueError, match=r"R2Quantizer\.quantize"):
         render_card(tmp_path)
     assert not (tmp_path / "README.md").exists()
+
+
+def test_card_takes_over_the_license_of_the_float_model(checkpoint):
+    assert render_card(checkpoint).data.license is None
+    toy, out = checkpoint.with_name("toy"), checkpoint.with_name("licensed")
+    (toy / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
+    R2Quantizer.from_pretrained(toy).quantize(out, R2QuantizationConfig())
+    assert render_card(out).data.license == "mit"
+
+
+def test_card_shows_both_ways_to_load_when_there_is_a_float_revision(checkpoint):
+    assert "<this repository or a local copy>" in render_card(checkpoint).text
+    manifest = Manifest.load(checkpoint)
+    manifest.add("publish", repo_id="me/toy-3bit", float_revision=None)
+    manifest.save(checkpoint)
+    text = render_card(checkpoint).text
+    assert 'from_pretrained("me/toy-3bit")' in text
+    assert "hf-r2 verify me/toy-3bit" in text
+    assert "revision=" not in text
+    manifest.add("publish", repo_id="me/toy-3bit", float_revision="float")
+    manifest.save(checkpoint)
+    assert 'from_pretrained("me/toy-3bit", revision="float")' in render_card(checkpoint).text
+
+
+def test_card_shows_how_close_the_model_is_to_its_float_model_if_that_was_measured(checkpoint):
+    evaluate(checkpoint, row("toy", "3-bit", 0.6, published=True))
+    assert "Kullback" not in render_card(checkpoint).text
+    evaluate(checkpoint, row("toy", "3-bit", 0.6, published=True, agreement=0.875, kl=0.01234))
+    text = render_card(checkpoint).text
+    assert "predicts for 87.5 % of the examples; the mean Kullback-Leibler divergence" in text
+    assert "is 0.0123 nats" in text
+
+
+def test_card_without_a_recipe_shows_the_commands_and_versions(checkpoint):
+    manifest = Manifest.load(checkpoint)
+    manifest.last("quantize")["environment"]["command"] = "hf-r2 quantize toy toy-3bit"
+    manifest.save(checkpoint)
+    text = render_card(checkpoint).text
+    assert "```bash\nhf-r2 quantize toy toy-3bit\n```" in text
+    assert "\n- torch " in text
+    evaluate(checkpoint, row("toy", "3-bit", 0.6, published=True))
+    assert "## Commands" not in render_card(checkpoint).text
+
+
+def results_of(checkpoint):
+    files = sorted((checkpoint / ".eval_results").glob("*"))
+    return {file.name: parse_eval_result_entries(yaml.safe_load(file.read_text())) for file in files}
+
+
+def test_results_on_data_of_the_hub_are_written_as_the_hub_reads_them(checkpoint, monkeypatch):
+    evaluate(checkpoint, row("toy", "3-bit", 0.6, published=True))
+    render_card(checkpoint)
+    assert results_of(checkpoint) == {}, "digits are no data set of the Hub"
+    monkeypatch.setitem(DATA, "hub_name", "org/shapes")
+    monkeypatch.setitem(DATA, "revision", "c0ffee")
+    evaluate(checkpoint, row("toy", "float", 0.8), row("toy", "3-bit", 0.6, published=True))
+    card = render_card(checkpoint)
+    assert card.data.eval_results[0].dataset_type == "org/shapes"
+    (entry,) = results_of(checkpoint)["org--shapes.yaml"]
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("org/shapes", "default", 0.6)
+    assert entry.dataset_revision == "c0ffee"
+    assert entry.notes == "accuracy (0-1) on the test split, 50 examples"
+    monkeypatch.setitem(DATA, "hub_name", "org/others")
+    evaluate(checkpoint, row("toy", "3-bit", 0.6, published=True))
+    render_card(checkpoint)
+    assert list(results_of(checkpoint)) == ["org--others.yaml"], "earlier results do not stay"
