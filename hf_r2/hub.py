@@ -1,4 +1,4 @@
-"""Publishing checkpoints on the Hub."""
+"""Publishing checkpoints on the Hub, and checking published ones."""
 
 import hashlib
 import os
@@ -6,13 +6,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import ModelInfo
 
 from hf_r2.quantization.float_copy import dequantize
 from hf_r2.report.card import CARD_NAME, RESULTS_FOLDER, build_card, render_card
 from hf_r2.report.manifest import Manifest
+from hf_r2.report.verification import Check, verify_checkpoint
 
 PUBLISHED = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md", ".png", ".yaml")
 """Suffixes of the files that are published. None of them is a pickle."""
@@ -77,6 +78,37 @@ def push(
     if not create_pr and revision != "main":
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     return _commit(api, repo_id, published_files(directory), revision, create_pr, message)
+
+
+def verify(
+    source: str | os.PathLike[str],
+    data: str | None = None,
+    float_source: str | os.PathLike[str] | None = None,
+    token: str | None = None,
+) -> list[Check]:
+    """Check a compressed checkpoint against its manifest and card, after downloading it if it is on the Hub.
+
+    Args:
+        source: `"user/name"`, `"user/name@revision"` (a branch, tag, commit or `refs/pr/1`), or a directory.
+        data: see [`verify_checkpoint`], which checks the files.
+        float_source: see [`verify_checkpoint`].
+        token: access token; that of `hf auth login` without.
+
+    Returns:
+        One check a claim.
+
+    Raises:
+        ValueError: for a checkpoint without a manifest.
+        HfHubHTTPError: the Hub's own error, for missing permissions, repositories and revisions.
+    """
+    directory = source
+    if not os.path.isdir(source):
+        name, _, revision = os.fspath(source).partition("@")
+        patterns = [f"*{suffix}" for suffix in PUBLISHED]
+        # Asked first, because without an answer the download would be content with an older copy in the cache
+        commit = HfApi(token=token).model_info(name, revision=revision or None).sha
+        directory = snapshot_download(name, revision=commit, allow_patterns=patterns, token=token)
+    return verify_checkpoint(directory, data, float_source)
 
 
 def published_files(directory: Path) -> dict[str, Path]:

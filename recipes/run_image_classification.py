@@ -30,7 +30,8 @@ from transformers import (
 )
 
 from hf_r2 import R2QuantizationConfig, R2Quantizer, R2Trainer, R2TrainingArguments, weight_statistics
-from hf_r2.evaluation import evaluate_classifier
+from hf_r2.evaluation import LabelledData, evaluate_classifier
+from hf_r2.evaluation.data import hub_revision
 from hf_r2.files import atomic_directory, weight_file_bytes
 from hf_r2.refine import batch_norms, reestimate_batch_norm
 from hf_r2.report import Manifest, render_card, result_table, weight_histograms
@@ -160,15 +161,15 @@ def make_processor(recipe: RecipeArguments) -> Any:
 
 
 def make_data(recipe: RecipeArguments, processor: Any) -> Data:
-    splits = load_images(
-        recipe.dataset, recipe.image_column, recipe.label_column, recipe.evaluate_on, recipe.dataset_config
+    columns = recipe.image_column, recipe.label_column
+    revision = hub_revision(recipe.dataset)
+    evaluation = LabelledData(
+        recipe.dataset, recipe.evaluate_on, columns[:1], columns[1], recipe.dataset_config, revision
     )
-    transform = to_pixels(processor, recipe.image_column, recipe.label_column)
-    folder = Path(recipe.dataset)
+    splits = load_images(recipe.dataset, *columns, recipe.evaluate_on, recipe.dataset_config, revision)
+    transform = to_pixels(processor, *columns)
     facts = {
-        "name": folder.name if folder.is_dir() else recipe.dataset,  # a card shows no path of this machine
-        "hub_name": None if recipe.dataset == "digits" or folder.is_dir() else recipe.dataset,
-        "split": recipe.evaluate_on,
+        **evaluation.facts(),
         "train_examples": len(splits["train"]),
         "fingerprint": f"{splits['train']._fingerprint}-{splits['evaluation']._fingerprint}",
     }
@@ -240,7 +241,8 @@ def compress_and_evaluate(
         config = R2QuantizationConfig(**{**recipe.quantization, "refine": [*steps, *refine]})
         quantizer.quantize(directory / folder, config, calibration, arguments.per_device_eval_batch_size)
         compressed = AutoModelForImageClassification.from_pretrained(directory / folder)
-        metrics = evaluate_classifier(compressed, batches, f"Evaluating {arm}, {config.bits}-bit, {batch_norm}")
+        description = f"Evaluating {arm}, {config.bits}-bit, {batch_norm}"
+        metrics = evaluate_classifier(compressed, batches, description, float_model=model)
         rows.append(row(f"{config.bits}-bit", batch_norm, metrics, weight_file_bytes(directory / folder)))
     names = [weight.name for weight in statistics if config.settings_for(weight.name).bits == config.bits]
     weights = [[candidate.get_parameter(name) for name in names] for candidate in (model, compressed)]
@@ -282,11 +284,12 @@ def reestimate(source: Path, target: Path, batches: DataLoader) -> None:
     """Copy a compressed checkpoint with batch norm re-estimated."""
     model = AutoModelForImageClassification.from_pretrained(source)
     reestimate_batch_norm(model, ({"pixel_values": batch["pixel_values"]} for batch in batches))
-    model.hf_quantizer.quantization_config.refine = ["batch_norm"]
+    config = model.hf_quantizer.quantization_config
+    config.refine = ["batch_norm"]
     manifest = Manifest.load(source)
-    manifest.last("quantize")["quantization_config"]["refine"] = ["batch_norm"]
     with atomic_directory(target) as scratch:
         model.save_pretrained(scratch)
+        manifest.last("quantize")["quantization_config"] = config.to_dict()
         AutoImageProcessor.from_pretrained(source).save_pretrained(scratch)
         manifest.save(scratch)
 

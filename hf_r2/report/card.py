@@ -105,7 +105,7 @@ def render_card(directory: str | os.PathLike[str]) -> ModelCard:
 def eval_result_entries(manifest: Manifest) -> list[EvalResultEntry]:
     """List the published results on data sets of the Hub, in the form that it shows them with the data set."""
     evaluate = manifest.last("evaluate")
-    published, data = _published_row(evaluate), evaluate.get("data") or {}
+    published, data = published_row(evaluate), evaluate.get("data") or {}
     if not published or not data.get("hub_name"):
         return []
     return [
@@ -120,7 +120,8 @@ def eval_result_entries(manifest: Manifest) -> list[EvalResultEntry]:
     ]
 
 
-def _published_row(evaluate: dict[str, Any]) -> dict[str, Any]:
+def published_row(evaluate: dict[str, Any]) -> dict[str, Any]:
+    """Return the result row that a card publishes; empty if the stage has none."""
     return next((row for row in evaluate.get("rows", []) if row.get("published")), {})
 
 
@@ -137,7 +138,7 @@ def _card_facts(manifest: Manifest) -> dict[str, Any]:
     publish = manifest.last("publish")
     config = quantize["quantization_config"]
     rows = evaluate.get("rows", [])
-    published = _published_row(evaluate)
+    published = published_row(evaluate)
     weights = quantize["weights"]
     elements = [math.prod(weight["shape"]) for weight in weights]
     bits = sum(w["bits_per_weight"] * n for w, n in zip(weights, elements, strict=True)) / sum(elements)

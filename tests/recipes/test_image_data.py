@@ -56,7 +56,7 @@ def test_imagefolder_is_read_by_path(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "split", "message"),
     [
-        (("picture", "label"), "nowhere", "has no split 'nowhere'"),
+        (("image", "label"), "nowhere", "has no split 'nowhere'"),
         (("image", "label"), "tset", "it has"),
     ],
 )
