@@ -1,8 +1,10 @@
 """Cells: short runs of a block's elements, so that a search for large elements touches few of them.
 
-One pass over a block finds the largest magnitude of every cell; only cells whose peak matters are looked at again.
+One pass over the blocks finds the largest magnitude of every cell; only cells whose peak matters are looked at again.
+Cells and groups are counted through the blocks, so that what is done between the passes is done once for all weights.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -15,21 +17,151 @@ from hf_r2.grain import CPU_PIECE, pieces
 CELL = 128
 """Elements of a cell, about."""
 
+CACHED = 1 << 18
+"""Elements that are still in the cache when they are read for the second time."""
+
 
 class PickedCells(NamedTuple):
-    """Few cells of a block, by their position in it, with the group of each; int64 arrays."""
+    """Few cells, all of one size.
 
-    index: np.ndarray
-    groups: np.ndarray
+    Args:
+        size: elements of a cell.
+        index: by the positions of their blocks, the positions of the cells in the block, int64.
+        groups: of each cell, counted through all blocks, int64.
+    """
+
     size: int
+    index: dict[int, Tensor]
+    groups: np.ndarray
 
-    def of(self, block: Tensor) -> np.ndarray:
-        """Copy them from a block: `(cells, elements)`."""
-        return block.view(-1, self.size).index_select(0, torch.from_numpy(self.index)).numpy()
+    def of(self, blocks: Sequence[Tensor]) -> np.ndarray:
+        """Copy them from their blocks: `(cells, elements)`."""
+        parts = [blocks[b].view(-1, self.size).index_select(0, index) for b, index in self.index.items()]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).numpy()
 
-    def write(self, block: Tensor, cells: np.ndarray) -> None:
-        """Copy them to a block."""
-        block.view(-1, self.size).index_copy_(0, torch.from_numpy(self.index), torch.from_numpy(cells))
+    def write(self, blocks: Sequence[Tensor], cells: np.ndarray) -> None:
+        """Copy them to blocks."""
+        parts = torch.from_numpy(cells).split([len(index) for index in self.index.values()])
+        for (b, index), part in zip(self.index.items(), parts, strict=True):
+            blocks[b].view(-1, self.size).index_copy_(0, index, part)
+
+    def add(self, blocks: Sequence[Tensor], cells: np.ndarray) -> None:
+        """Add to them in blocks."""
+        self.write(blocks, np.add(cells, self.of(blocks), out=cells))
+
+
+class Picked(NamedTuple):
+    """What is to be looked at again.
+
+    Args:
+        cells: batches of cells, each of so few blocks that their copies stay small.
+        whole: positions of the blocks with so many that a pass over all of it costs less, and of all on an accelerator,
+            where the host would have to wait to learn how many they are.
+    """
+
+    cells: list[PickedCells]
+    whole: list[int]
+
+    def above(self, blocks: Sequence[Tensor], level: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Copy the magnitudes in the cells that are above the level of their group, and the groups of them."""
+        found = [(np.zeros(0, np.float32), np.zeros(0, np.int64))]
+        for cells in self.cells:
+            magnitudes = np.abs(cells.of(blocks))
+            cell, column = (~(magnitudes <= level.numpy()[cells.groups, None])).nonzero()  # NaN, too
+            found.append((magnitudes[cell, column], cells.groups[cell]))
+        return tuple(map(np.concatenate, zip(*found, strict=True)))
+
+
+class Cells:
+    """The cells of some blocks, and their largest magnitudes.
+
+    Args:
+        blocks: contiguous, `(groups, elements)` each.
+        crowded: for each block, whether it is to be picked as a whole anyway, and not to be read; see [`crowded`].
+
+    Attributes:
+        peaks: largest magnitude of each cell, `(cells,)`; infinity in crowded blocks.
+    """
+
+    def __init__(self, blocks: Sequence[Tensor], crowded: Sequence[bool] | None = None) -> None:
+        self.blocks = blocks
+        self.sizes = [cell_size(block.shape[1]) for block in blocks]
+        self.per_group = [max(1, block.shape[1] // size) for block, size in zip(blocks, self.sizes, strict=True)]
+        self.groups = [len(block) for block in blocks]
+        self.counts = [groups * cells for groups, cells in zip(self.groups, self.per_group, strict=True)]
+        self.peaks, low = blocks[0].new_zeros(2, sum(self.counts)).unbind()
+        ends = zip(self.peaks.split(self.counts), low.split(self.counts), strict=True)
+        for index, (block, pair) in enumerate(zip(blocks, ends, strict=True)):
+            if crowded and crowded[index]:
+                pair[0].fill_(torch.inf)
+            elif block.numel():
+                _find_ends(block.view(-1, self.sizes[index]), *pair)
+        torch.maximum(self.peaks, low.neg_(), out=self.peaks)
+
+    def tops(self) -> Tensor:
+        """Largest magnitude of each group, `(groups,)`."""
+        return torch.cat([part.amax(dim=1) for part in self.split_peaks()])
+
+    def split_peaks(self) -> list[Tensor]:
+        """Cut the peaks to those of each block, `(groups, cells of a group)`."""
+        parts = self.peaks.split(self.counts)
+        return [part.view(-1, cells) for part, cells in zip(parts, self.per_group, strict=True)]
+
+    def pick(self, level: Tensor, above: bool = False) -> Picked:
+        """Pick the cells whose peak is at the level of their group, `(groups,)`, or above it.
+
+        NumPy does this and what follows: on arrays of this size it takes a third of torch's time per call.
+        """
+        if not self.peaks.is_cpu:
+            return Picked([], list(range(len(self.blocks))))
+        cells_of = np.repeat(self.per_group, self.groups)
+        found, wanted = self.peaks.numpy(), np.repeat(level.numpy(), cells_of)
+        # Not `found > wanted`: a cell that holds NaN is picked too, so that what is computed from it tells
+        index = (~(found <= wanted) if above else found == wanted).nonzero()[0]
+        starts = np.cumsum([0, *self.counts])
+        stops = np.searchsorted(index, starts)
+        groups = np.searchsorted(np.cumsum(cells_of), index, side="right")
+        picked = np.diff(stops)
+        whole = [b for b, block in enumerate(self.blocks) if 4 * picked[b] > self.counts[b] or not block.numel()]
+        batches = []
+        for members in self._batches(picked, set(picked.nonzero()[0].tolist()) - set(whole)):
+            ranges = [slice(stops[b], stops[b + 1]) for b in members]
+            places = {b: torch.from_numpy(index[r] - starts[b]) for b, r in zip(members, ranges, strict=True)}
+            batches.append(PickedCells(self.sizes[members[0]], places, np.concatenate([groups[r] for r in ranges])))
+        return Picked(batches, whole)
+
+    def _batches(self, picked: np.ndarray, members: set[int]) -> list[list[int]]:
+        """Put blocks with cells of one size together as long as their picked cells hold no more than a piece."""
+        batches: list[list[int]] = []
+        room, size = 0, 0
+        for b in sorted(members):
+            elements = picked[b] * self.sizes[b]
+            room -= elements
+            if room < 0 or self.sizes[b] != size:
+                batches.append([])
+                room, size = CPU_PIECE - elements, self.sizes[b]
+            batches[-1].append(b)
+        return batches
+
+    def excess(self, level: Tensor, picked: Picked) -> Tensor:
+        """Sum what stands above the level, `max(|W| − level, 0)`, and count the elements that do.
+
+        Args:
+            level: `(groups,)`, ≥ 0.
+            picked: what holds all elements above the level.
+
+        Returns:
+            Sums and counts, `(groups, 2)` in float64.
+        """
+        found = torch.zeros(len(level), 2, dtype=torch.float64, device=level.device)
+        for cells in picked.cells:
+            above = np.maximum(np.abs(cells.of(self.blocks)) - level.numpy()[cells.groups, None], 0)
+            for column, per_cell in enumerate((above.sum(axis=1), np.count_nonzero(above, axis=1))):
+                found.numpy()[:, column] += np.bincount(cells.groups, per_cell, len(level))
+        parts, levels = found.split(self.groups), level.split(self.groups)
+        for b in picked.whole:
+            parts[b].copy_(excess(self.blocks[b], levels[b]))
+        return found
 
 
 def as_array(values: Tensor) -> np.ndarray:
@@ -39,7 +171,7 @@ def as_array(values: Tensor) -> np.ndarray:
 
 def cell_size(n: int) -> int:
     """Elements of the cells that n elements are cut into: a divisor of n, `CELL` or less if one is near, else more."""
-    return _divisor_near(n, CELL)
+    return _divisor_near(n, CELL) if n else CELL
 
 
 @cache
@@ -48,73 +180,49 @@ def _divisor_near(n: int, limit: int) -> int:
     return below if 8 * below >= min(n, limit) else next(size for size in range(limit, n + 1) if n % size == 0)
 
 
-def cell_peaks(block: Tensor) -> Tensor:
-    """Largest magnitude of every cell of a block `(groups, n)`: `(groups, cells)`, with cells of one size."""
-    groups, n = block.shape
-    if block.numel() == 0:
-        return block.new_zeros(groups, 1)
-    size = cell_size(n)
-    cells = block.view(groups * (n // size), size)
-    # amax(|W|) would first build |W|
-    return torch.maximum(cells.amax(dim=1), cells.amin(dim=1).neg_()).view(groups, n // size)
+def _find_ends(cells: Tensor, high: Tensor, low: Tensor) -> None:
+    """Find the largest and the smallest element of every cell; amax(|W|) would first build |W|."""
+    rows = max(1, CACHED // cells.shape[1]) if cells.is_cpu else len(cells)
+    for each in zip(*(part.split(rows) for part in (cells, high, low)), strict=True):
+        torch.amax(each[0], dim=1, out=each[1])
+        torch.amin(each[0], dim=1, out=each[2])
 
 
-def pick_cells(block: Tensor, peaks: Tensor, level: Tensor, above: bool = False) -> PickedCells | None:
-    """Pick the cells whose peak is at the level of their group, `(groups,)`, or above it.
+def crowded(blocks: Sequence[Tensor], level: Tensor) -> list[bool]:
+    """Tell which blocks are likely to be picked as a whole, from a sample of those that are one large group.
 
-    NumPy does this and what follows: on arrays of this size it takes a third of torch's time per call.
-
-    Returns:
-        The cells; None if they are so many that a pass over the whole block costs less, and on an accelerator, where
-        the host would have to wait to learn how many they are.
+    On an accelerator, all are.
     """
-    if not block.is_cpu or block.numel() == 0:
-        return None
-    found, wanted = peaks.numpy(), level.numpy()[:, None]
-    # Not `found > wanted`: a cell that holds NaN is picked too, so that what is computed from it tells
-    index = (~(found <= wanted) if above else found == wanted).ravel().nonzero()[0]
-    if 4 * index.size > found.size:
-        return None
-    return PickedCells(index, index // found.shape[1], block.shape[1] // found.shape[1])
-
-
-def crowded(block: Tensor, level: Tensor) -> bool:
-    """Tell from a sample whether so many elements exceed the level that most cells would be picked."""
-    if not block.is_cpu or len(block) > 1 or block.shape[1] < 1 << 14:
-        return False
-    sample = sample_cells(block, 32)
-    return int(np.count_nonzero(np.abs(sample.numpy()) > level.item())) * CELL > 0.5 * sample.numel()
+    if not level.is_cpu:
+        return [True] * len(blocks)
+    groups = np.cumsum([0] + [len(block) for block in blocks])
+    large = [b for b, block in enumerate(blocks) if len(block) == 1 and block.shape[1] >= 1 << 14]
+    full = [False] * len(blocks)
+    if large:
+        samples = [sample_cells(blocks[b], 16) for b in large]
+        sizes = [len(sample) for sample in samples]
+        above = np.abs(torch.cat(samples).numpy()) > np.repeat(level.numpy()[groups[large]], sizes)
+        counts = np.add.reduceat(above, np.cumsum([0, *sizes[:-1]]), dtype=np.int64)
+        for b, count, size in zip(large, counts, sizes, strict=True):
+            full[b] = bool(count * CELL > 0.5 * size)
+    return full
 
 
 def sample_cells(block: Tensor, count: int) -> Tensor:
-    """Copy about so many cells from all over a block of one group: `(1, elements)`. Single elements cost as much."""
+    """Copy about so many cells from all over a block of one group: `(elements,)`. Single elements cost as much."""
     cells = block.view(-1, cell_size(block.shape[1]))
-    return cells[:: max(1, len(cells) // count)].reshape(1, -1)
+    return cells[:: max(1, len(cells) // count)].flatten()
 
 
-def excess(block: Tensor, level: Tensor, picked: PickedCells | None) -> Tensor:
-    """Sum what stands above the level, `max(|W| − level, 0)`, and count the elements that do.
-
-    Args:
-        block: `(groups, n)`.
-        level: `(groups,)`, ≥ 0.
-        picked: cells that hold all elements above the level; None for the whole block.
-
-    Returns:
-        Sums and counts, `(2, groups)` in float64.
-    """
-    if picked is not None:
-        above = np.maximum(np.abs(picked.of(block)) - level.numpy()[picked.groups, None], 0)
-        per_cell = above.sum(axis=1), np.count_nonzero(above, axis=1)
-        found = np.stack([np.bincount(picked.groups, each, len(level)) for each in per_cell])
-        return torch.from_numpy(found.astype(np.float64, copy=False))  # of nothing, NumPy counts integers
+def excess(block: Tensor, level: Tensor) -> Tensor:
+    """Do what [`Cells.excess`] does for a whole block and the levels of its groups."""
     if block.is_cpu and len(block) == 1:
-        return torch.tensor(_excess_of_one(block.view(-1), level.item()), dtype=torch.float64)[:, None]
-    results = torch.zeros(2, len(level), dtype=torch.float64, device=block.device)
+        return torch.tensor([_excess_of_one(block.view(-1), level.item())], dtype=torch.float64)
+    results = torch.zeros(len(level), 2, dtype=torch.float64, device=block.device)
     for band, (piece,) in pieces(block):
         above = piece.abs().sub_(level[band, None]).relu_()
-        results[0, band] += above.sum(dim=1)
-        results[1, band] += above.sign_().sum(dim=1)
+        results[band, 0] += above.sum(dim=1)
+        results[band, 1] += above.sign_().sum(dim=1)
     return results
 
 

@@ -11,13 +11,10 @@ from hf_r2.grain import pieces
 from hf_r2.sharding import LocalWeight, Routine, run
 
 
-def rms(weight: LocalWeight) -> Routine[list[Tensor]]:
-    """Root mean square of each group: `(groups,)` per block."""
-    squares = yield from weight.total([_norm(block).square() for block in weight.blocks()])
-    return [
-        (square / elements).sqrt().to(block.dtype)
-        for square, elements, block in zip(squares, weight.elements, weight.blocks(), strict=True)
-    ]
+def rms(weight: LocalWeight) -> Routine[Tensor]:
+    """Root mean square of each group: `(groups,)`."""
+    squares = yield from weight.total(torch.cat([_norm(block) for block in weight.blocks()]).square())
+    return (squares / weight.group_elements()).sqrt().to(weight.blocks()[0].dtype)
 
 
 def _norm(block: Tensor) -> Tensor:
@@ -32,16 +29,16 @@ def _norm(block: Tensor) -> Tensor:
     return torch.linalg.vector_norm(block, dim=1, dtype=torch.float64)
 
 
-def extremes(weight: LocalWeight) -> Routine[list[Tensor]]:
-    """Largest and smallest element of each group: `(groups, 2)` per block."""
+def extremes(weight: LocalWeight) -> Routine[Tensor]:
+    """Largest and smallest element of each group: `(groups, 2)`."""
     ends = []
     for block in weight.blocks():
         if block.shape[1]:
             ends.append(torch.stack([block.amax(dim=1), block.amin(dim=1).neg_()], dim=1))
         else:
             ends.append(block.new_full((len(block), 2), -torch.inf))
-    ends = yield from weight.maximum(ends)
-    return [end * end.new_tensor([1, -1]) for end in ends]
+    ends = yield from weight.maximum(torch.cat(ends))
+    return ends * ends.new_tensor([1, -1])
 
 
 def require_finite(names: Iterable[str], values: Iterable[Tensor]) -> None:
@@ -75,7 +72,7 @@ def shapes(weights: Iterable[Tensor]) -> list[Shape]:
 
 def shape(weight: LocalWeight) -> Routine[Shape]:
     """Measure crest factor and kurtosis of a weight cut with grain "tensor"; NaN for a weight that is not finite."""
-    (ends,) = yield from extremes(weight)
+    ends = yield from extremes(weight)
     largest = ends.abs().amax(dim=1)
     (block,) = weight.blocks()
     # Divided by the largest magnitude, the fourth powers of no weight leave float32
@@ -86,7 +83,7 @@ def shape(weight: LocalWeight) -> Routine[Shape]:
         squares = values.square()
         powers = (values, squares, values * squares, squares.square())
         sums += torch.stack([power.sum(dim=1, dtype=torch.float64) for power in powers], dim=1)
-    (sums,) = yield from weight.total([sums])
+    sums = yield from weight.total(sums)
     m1, m2, m3, m4 = (sums / weight.elements[0])[0]
     variance = m2 - m1**2
     # Moments around the mean from those around zero; weights have means near zero, so little cancels

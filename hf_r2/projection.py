@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_r2.cells import CELL, PickedCells, cell_peaks, crowded, excess, pick_cells, sample_cells
+from hf_r2.cells import CELL, Cells, Picked, crowded, excess, sample_cells
 from hf_r2.grain import Grain, parse_grain, pieces
 from hf_r2.moments import require_finite, rms
 from hf_r2.selection import current_weights, scaled, select_trainable
 from hf_r2.sharding import LocalWeight, Routine, run
-from hf_r2.stacking import stack_alike
+from hf_r2.stacking import Stack, stack_alike
 
 PROJECTIONS = ("prox", "clip")
 
@@ -24,16 +24,16 @@ SAMPLED_CELLS, SAMPLED_SHARE = 512, 32
 """Cells of a weight that is sampled, at least, and the share of all of them, 1 / 32, if that is more."""
 
 
-class Limit(NamedTuple):
-    """What the magnitudes of a block's groups are limited to.
+class Limits(NamedTuple):
+    """What the magnitudes of a weight's groups are limited to.
 
     Args:
         level: `(groups,)`.
-        picked: cells that hold all elements above it, if they are few.
+        picked: what holds all elements above it.
     """
 
     level: Tensor
-    picked: PickedCells | None = None
+    picked: Picked
 
 
 class RangeProjection:
@@ -86,11 +86,11 @@ class RangeProjection:
         self.kind = kind
         self.grain = parse_grain(grain)
         self.clip = clip
-        self._levels: list[list[Tensor]] = []
         self.selection, self.factors = select_trainable(model, include, exclude, min_numel, factors)
         for name, (module, attribute) in self.selection.items():
             if not isinstance(getattr(module, attribute), nn.Parameter):
                 raise ValueError(f"{name} is computed from other parameters and cannot be projected: use a range loss")
+        self._levels: list[Tensor | None] = [None] * len(self.selection)
 
     @torch.no_grad()
     def step(self, strength: Tensor | float = 1.0) -> None:
@@ -111,18 +111,24 @@ class RangeProjection:
         weights = [weight.detach() for weight in current_weights(self.selection)]
         stacks = stack_alike(weights, self.grain, strengths)
         if self.kind == "prox":
-            before = self._levels or [None] * len(stacks)
-            routines = [_prox_limits(s.weight, s.strength, levels) for s, levels in zip(stacks, before, strict=True)]
+            routines = [_prox_limits(stack.weight, stack.strength, self._before(stack)) for stack in stacks]
         else:
             routines = [_clip_limits(stack.weight, self.clip) for stack in stacks]
         found = run(routines)
-        self._levels = [[limit.level for limit in limits] for limits in found]
-        if all(level.is_cpu for levels in self._levels for level in levels):
-            names = list(self.selection)
-            require_finite([names[stack.members[0]] for stack in stacks], map(torch.cat, self._levels))
+        for stack, limits in zip(stacks, found, strict=True):
+            for index, level in zip(stack.members, stack.cut(limits.level), strict=True):
+                self._levels[index] = level
+        if all(level.is_cpu for level in self._levels):
+            require_finite(self.selection, self._levels)
         for stack, limits in zip(stacks, found, strict=True):
             share = 1.0 if self.kind == "prox" else stack.strength
-            stack.update([weights[index] for index in stack.members], partial(_clamp, limits=limits, share=share))
+            change = partial(_clamp, limits=limits, groups=stack.weight.split, share=share)
+            stack.update([weights[index] for index in stack.members], change)
+
+    def _before(self, stack: Stack) -> Tensor | None:
+        """Put the levels of the last step together; None in the first."""
+        levels = [self._levels[index] for index in stack.members]
+        return None if levels[0] is None else torch.cat(levels)
 
 
 def clip_to_rms(weight: Tensor, multiple: float, grain: Grain = "tensor") -> Tensor:
@@ -162,40 +168,52 @@ def prox_l_inf(weight: Tensor, t: float, grain: Grain = "tensor") -> Tensor:
     return _clamped(weight, grain, lambda local: _prox_limits(local, t))
 
 
-def _clip_limits(weight: LocalWeight, multiple: float) -> Routine[list[Limit]]:
-    sizes = yield from rms(weight)
-    return [Limit(multiple * size) for size in sizes]
+def _clip_limits(weight: LocalWeight, multiple: float) -> Routine[Limits]:
+    size = yield from rms(weight)
+    return Limits(multiple * size, Picked([], list(range(len(weight.blocks())))))
 
 
-def _prox_limits(weight: LocalWeight, t: Tensor | float, before: list[Tensor] | None = None) -> Routine[list[Limit]]:
+def _prox_limits(weight: LocalWeight, t: Tensor | float, before: Tensor | None = None) -> Routine[Limits]:
     """Solve `Σ_i max(|W_i| − τ, 0) = t` for τ.
 
     The sum is convex and falls with τ, and it is linear between magnitudes: Newton's method reaches the solution
     exactly, from below, in a few steps. Any part of the elements gives a start that is not above the solution; the
-    cells' peaks give one that is close, and if few cells hold what is above it, sorting those elements solves for a
-    single group. Once many elements stand near the limit, that of the step before tells where to look.
+    cells' peaks give one that is close. Once many elements stand near the limit, that of the step before tells where to
+    look.
     """
     t = torch.as_tensor(t, dtype=torch.float64, device=weight.tensor.device)
     blocks = weight.blocks()
-    if before and not weight.spread and all(map(crowded, blocks, before)):
-        return [Limit(_limit_of_many(*pair, t.item())) for pair in zip(blocks, before, strict=True)]
-    peaks = [cell_peaks(block) for block in blocks]
+    warm = before is not None and before.is_cpu and not weight.spread
+    many = crowded(blocks, before) if warm else [False] * len(blocks)
+    cells = Cells(blocks, many)
     yield
-    limits = yield from weight.maximum([_sorted_solution(_few_of(peak), t).to(peak.dtype) for peak in peaks])
-    picked = [pick_cells(*each, above=True) for each in zip(blocks, peaks, limits, strict=True)]
-    if picked[0] and len(limits[0]) == 1 and not weight.spread:
-        cells = picked[0].of(blocks[0])
-        return [Limit(_solution_in(cells, limits[0], t), picked[0])]
+    starts = []
+    for b, (block, peaks) in enumerate(zip(blocks, cells.split_peaks(), strict=True)):
+        if many[b]:
+            starts.append(_limit_of_many(block, weight.split(before)[b], t.item()))
+        else:
+            starts.append(_sorted_solution(_few_of(peaks), t).to(block.dtype))
+    limits = yield from weight.maximum(torch.cat(starts))
+    picked = cells.pick(limits, above=True)
+    magnitudes, groups = picked.above(blocks, limits)
+    open_blocks = [b for b in picked.whole if not many[b]]
     for _ in range(NEWTON_STEPS):
-        found = [excess(*arguments).T for arguments in zip(blocks, limits, picked, strict=True)]
+        # Nothing found leaves a limit as it is
+        found = torch.zeros(len(limits), 2, dtype=torch.float64, device=limits.device)
+        if magnitudes.size:
+            more = np.maximum(magnitudes - limits.numpy()[groups], 0)
+            for column, each in enumerate((more, more > 0)):
+                found.numpy()[:, column] = np.bincount(groups, each, len(limits))
+        for b in open_blocks:
+            weight.split(found)[b].copy_(excess(blocks[b], weight.split(limits)[b]))
         found = yield from weight.total(found)
-        new = [_newton_step(limit, part, t) for limit, part in zip(limits, found, strict=True)]
+        before, limits = limits, _newton_step(limits, found, t)
         # An accelerator takes all steps: to stop early, the host would have to wait for it
-        done = weight.tensor.is_cpu and all(map(torch.equal, new, limits))
-        limits = new
-        if done:
-            break
-    return [Limit(*pair) for pair in zip(limits, picked, strict=True)]
+        if limits.is_cpu:
+            open_blocks = [b for b in open_blocks if not torch.equal(weight.split(limits)[b], weight.split(before)[b])]
+            if torch.equal(limits, before):
+                break
+    return Limits(limits, picked)
 
 
 def _newton_step(limit: Tensor, found: Tensor, t: Tensor) -> Tensor:
@@ -220,7 +238,7 @@ def _limit_of_many(block: Tensor, before: Tensor, t: float) -> Tensor:
         more, count = np.maximum(sample - limit, 0).sum().item(), np.count_nonzero(sample > limit)
         limit = max(limit + (more - t / ratio) / max(count, 1), 0.0)
     for _ in range(NEWTON_STEPS):
-        total, count = excess(block, before.new_full((1,), limit), None)[:, 0].tolist()
+        total, count = excess(block, before.new_full((1,), limit))[0].tolist()
         if count == 0:
             limit = 0.0
             continue
@@ -240,13 +258,6 @@ def _few_of(peaks: Tensor) -> Tensor:
     return peaks if cells < 1024 else peaks[:, : cells - cells % 16].view(groups, -1, 16).amax(dim=2)
 
 
-def _solution_in(cells: np.ndarray, limit: Tensor, t: Tensor) -> Tensor:
-    """Solve for τ of the only group on the cells that hold all elements above a limit that is not above τ."""
-    magnitudes = np.abs(cells)
-    above = magnitudes[~(magnitudes <= limit.item())]  # NaN, too
-    return _sorted_solution(torch.from_numpy(above)[None], t).to(limit.dtype) if above.size else limit
-
-
 def _sorted_solution(magnitudes: Tensor, t: Tensor) -> Tensor:
     """Solve for τ on a few magnitudes, `(groups, n)`: with S_k the sum of the k largest, `τ = max_k (S_k − t) / k`."""
     if magnitudes.is_cpu:  # NumPy sorts thirty times as fast
@@ -257,28 +268,34 @@ def _sorted_solution(magnitudes: Tensor, t: Tensor) -> Tensor:
     return ((ordered.cumsum(dim=1) - t) / counts).amax(dim=1).clamp_min(0)
 
 
-def _clamped(weight: Tensor, grain: Grain, limits: Callable[[LocalWeight], Routine[list[Limit]]]) -> Tensor:
+def _clamped(weight: Tensor, grain: Grain, limits: Callable[[LocalWeight], Routine[Limits]]) -> Tensor:
     local, result = LocalWeight(weight, grain), weight.detach().clone()
     with torch.no_grad():
         (found,) = run([limits(local)])
-        local.update(result, partial(_clamp, limits=found))
+        local.update(result, partial(_clamp, limits=found, groups=local.split))
     return result
 
 
-def _clamp(blocks: list[Tensor], limits: list[Limit], share: Tensor | float = 1.0) -> None:
+def _clamp(
+    blocks: Sequence[Tensor], limits: Limits, groups: Callable[[Tensor], list[Tensor]], share: Tensor | float = 1.0
+) -> None:
+    level, picked = limits
+    for batch in picked.cells:
+        bound = level.numpy()[batch.groups, None]
+        batch.write(blocks, np.clip(batch.of(blocks), -bound, bound))
+    for b in picked.whole:
+        _clamp_all(blocks[b], groups(level)[b], share)
+
+
+def _clamp_all(block: Tensor, level: Tensor, share: Tensor | float) -> None:
     whole = isinstance(share, float) and share == 1
-    for block, (level, picked) in zip(blocks, limits, strict=True):
-        if picked:
-            bound = level.numpy()[picked.groups, None]
-            picked.write(block, np.clip(picked.of(block), -bound, bound))
-            continue
-        if block.is_cpu and len(block) == 1 and whole:
-            block.clamp_(-level.item(), level.item())
-            continue
-        for band, (piece,) in pieces(block):
-            bound = level[band, None]
-            # minimum and maximum broadcast fast, clamp with tensor bounds does not
-            if whole:
-                torch.maximum(torch.minimum(piece, bound, out=piece), -bound, out=piece)
-            else:
-                piece.lerp_(torch.maximum(torch.minimum(piece, bound), -bound), share)
+    if block.is_cpu and len(block) == 1 and whole:
+        block.clamp_(-level.item(), level.item())
+        return
+    for band, (piece,) in pieces(block):
+        bound = level[band, None]
+        # minimum and maximum broadcast fast, clamp with tensor bounds does not
+        if whole:
+            torch.maximum(torch.minimum(piece, bound, out=piece), -bound, out=piece)
+        else:
+            piece.lerp_(torch.maximum(torch.minimum(piece, bound), -bound), share)

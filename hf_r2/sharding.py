@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -56,13 +57,15 @@ class LocalWeight:
         ValueError: for an unknown grain and an empty weight.
     """
 
+    mesh: Any = None
+    spread = False
+
     def __init__(self, weight: Tensor, grain: Grain) -> None:
         self.grain = parse_grain(grain)
         self.shape = tuple(weight.shape)
         if weight.numel() == 0:
             raise ValueError(EMPTY)
         self.elements = group_sizes(self.shape, self.grain)
-        self.mesh, self.spread = None, False
         self._start, self._stop = 0, self.shape[0] if self.shape else 1
         weight = weight.detach()
         if isinstance(weight, DTensor):
@@ -90,6 +93,11 @@ class LocalWeight:
             self._stop = min(self._start + rows, self.shape[0])
         return weight.to_local()
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the blocks are views of the weight, not copies."""
+        return self._groups_in(self.tensor) > 0
+
     def blocks(self) -> list[Tensor]:
         """Cut what is held here into contiguous blocks `(groups, elements)`, see [`hf_r2.grain.blocks`]."""
         if self._views is not None:
@@ -110,12 +118,14 @@ class LocalWeight:
                 return [empty.view(count, 0) for count in group_counts(self.shape, self.grain)], True
             return [empty.view(0, size) for size in self.elements], True
         groups = self._groups_in(tensor)
-        if groups and tensor.dtype in _STATISTICS and tensor.is_contiguous():
+        if groups:
             return [tensor.view(groups, tensor.numel() // groups)], True
         return [block.contiguous() for block in blocks(tensor, self.grain)], False
 
     def _groups_in(self, tensor: Tensor) -> int:
-        """Count the groups that lie one after the other in a tensor; 0 if it has none or they make two blocks."""
+        """Count the groups if they can be viewed in a tensor, one after the other; else 0."""
+        if tensor.dtype not in _STATISTICS or not tensor.is_contiguous():
+            return 0
         if self.grain == "tensor":
             return 1
         inputs = math.prod(self.shape[1:])
@@ -123,54 +133,73 @@ class LocalWeight:
 
     def update(self, target: Tensor, change: Callable[[list[Tensor]], None]) -> None:
         """Let `change` write to the blocks of a tensor of the weight's layout (the weight, its gradient), in place."""
+        parts, finish = self.open(target)
+        change(parts)
+        finish()
+
+    def open(self, target: Tensor) -> tuple[list[Tensor], Callable[[], None]]:
+        """Return the blocks of a tensor of the weight's layout, and what to call once they are written."""
         whole = isinstance(target, DTensor) and self.mesh is None
         local = target.full_tensor() if whole else target.to_local() if isinstance(target, DTensor) else target
         ordered = self._ordered(local)
         parts, are_views = self._cut(ordered)
-        change(parts)
-        if not are_views:
-            ordered.copy_(join(parts, ordered.shape, self.grain))
-        if whole:
-            replicated = DTensor.from_local(local, target.device_mesh, [Replicate()] * target.device_mesh.ndim)
-            target.copy_(replicated.redistribute(placements=target.placements))
 
-    # --- groups -----------------------------------------------------------------------------------------------------
+        def finish() -> None:
+            if not are_views:
+                ordered.copy_(join(parts, ordered.shape, self.grain))
+            if whole:
+                replicated = DTensor.from_local(local, target.device_mesh, [Replicate()] * target.device_mesh.ndim)
+                target.copy_(replicated.redistribute(placements=target.placements))
 
-    def held(self, values: Tensor) -> list[Tensor]:
-        """Cut one value per group of the whole weight, `(groups,)`, to those of the groups in each block held here."""
-        if self.spread or self.mesh is None:
-            return _split(values, group_counts(self.shape, self.grain))
-        parts = []
-        for part in values.split(group_counts(self.shape, self.grain)):
-            per_output = len(part) // self.shape[0]
-            parts.append(part[self._start * per_output : self._stop * per_output])
-        return parts
+        return parts, finish
 
-    def whole(self, parts: Sequence[Tensor]) -> Routine[Tensor]:
+    # --- groups: values of the groups held here are one tensor, first dimension groups, counted through the blocks ----
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """Cut values of the groups held here to those of each block."""
+        views = self.blocks()
+        return [values] if len(views) == 1 else list(values.split([len(block) for block in views]))
+
+    def group_elements(self) -> Tensor | int:
+        """Elements of each group as a whole, `(groups,)`; a number if all have as many."""
+        if len(set(self.elements)) == 1:
+            return self.elements[0]
+        counts = np.repeat(self.elements, [len(block) for block in self.blocks()])
+        return torch.from_numpy(counts).to(self.tensor.device)
+
+    def held(self, values: Tensor) -> Tensor:
+        """Cut one value per group of the whole weight to those of the groups held here."""
+        return values if self.spread or self.mesh is None else torch.cat(self._places(values))
+
+    def whole(self, values: Tensor) -> Routine[Tensor]:
         """Put values of the groups held here together to one per group of the whole weight: inverse of [`held`]."""
         if self.spread or self.mesh is None:
-            return _cat(parts)
-        values = parts[0].new_zeros(sum(group_counts(self.shape, self.grain)))
-        for place, part in zip(self.held(values), parts, strict=True):
+            return values
+        everywhere = values.new_zeros(sum(group_counts(self.shape, self.grain)))
+        for place, part in zip(self._places(everywhere), self.split(values), strict=True):
             place.copy_(part)
-        return (yield Reduction("sum", values, self.mesh))
+        return (yield Reduction("sum", everywhere, self.mesh))
 
-    def maximum(self, parts: Sequence[Tensor]) -> Routine[list[Tensor]]:
-        """Combine largest values of the groups, one tensor per block, first dimension groups."""
-        return (yield from self._combine("max", parts))
+    def _places(self, values: Tensor) -> list[Tensor]:
+        """View, in values of all groups of the whole weight, those of the groups in each block held here."""
+        parts = values.split(group_counts(self.shape, self.grain))
+        per_output = [len(part) // self.shape[0] for part in parts]
+        return [part[self._start * n : self._stop * n] for part, n in zip(parts, per_output, strict=True)]
 
-    def total(self, parts: Sequence[Tensor]) -> Routine[list[Tensor]]:
-        """Combine sums over the groups, one tensor per block, first dimension groups."""
-        return (yield from self._combine("sum", parts))
+    def maximum(self, values: Tensor) -> Routine[Tensor]:
+        """Combine largest values of the groups."""
+        return (yield Reduction("max", values, self.mesh)) if self.spread else values
 
-    def _combine(self, operation: str, parts: Sequence[Tensor]) -> Routine[list[Tensor]]:
-        if not self.spread:
-            return list(parts)
-        combined = yield Reduction(operation, _cat(parts), self.mesh)
-        return _split(combined, [len(part) for part in parts])
+    def total(self, values: Tensor) -> Routine[Tensor]:
+        """Combine sums over the groups."""
+        return (yield Reduction("sum", values, self.mesh)) if self.spread else values
 
     def gather(self, parts: Sequence[Tensor]) -> Routine[list[Tensor]]:
-        """Put the rows that processes hold for the same group beside each other: `(groups, processes · columns)`."""
+        """Put the rows that processes hold for the same group beside each other: `(groups, processes · columns)`.
+
+        Args:
+            parts: `(groups, columns)`, one per block.
+        """
         if not self.spread:
             return list(parts)
         rank, gathered = self.mesh.get_local_rank(), []
@@ -180,9 +209,9 @@ class LocalWeight:
             gathered.append((yield Reduction("sum", place, self.mesh)).flatten(1))
         return gathered
 
-    def over_groups(self, parts: Sequence[Tensor]) -> Routine[Tensor]:
+    def over_groups(self, values: Tensor) -> Routine[Tensor]:
         """Add up one value per group, over all groups of the whole weight, to a scalar."""
-        value = _cat(parts).sum()
+        value = values.sum()
         if self.spread or self.mesh is None:
             return value
         return (yield Reduction("sum", value, self.mesh))
@@ -218,14 +247,6 @@ def cut_again(model: nn.Module) -> None:
     for module in model.modules() if dist.is_initialized() else ():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def _cat(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def _split(values: Tensor, sizes: list[int]) -> list[Tensor]:
-    return [values] if len(sizes) == 1 else list(values.split(sizes))
 
 
 def _reduce(requests: dict[int, Reduction]) -> dict[int, Tensor]:

@@ -1,4 +1,8 @@
-"""Weights of one shape on an accelerator, worked on as one, so that many weights need as many kernels as one."""
+"""Weights that are worked on as one.
+
+On an accelerator they have one shape, and need as many kernels as one weight does. On a CPU they may have any, and what
+is done on few elements of each is done once for all.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -7,16 +11,37 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from hf_r2.grain import DEVICE_PIECE, Grain, group_sizes
+from hf_r2.grain import DEVICE_PIECE, Grain
 from hf_r2.sharding import LocalWeight
 
 
+class BesideEachOther(LocalWeight):
+    """Weights that lie whole on a CPU, as one whose blocks are those of all; nothing is copied.
+
+    Args:
+        parts: the weights, whose blocks are views of them, of one dtype.
+    """
+
+    def __init__(self, parts: Sequence[LocalWeight]) -> None:
+        self.parts = parts
+        self.tensor = parts[0].tensor
+        self.elements = [elements for part in parts for elements in part.elements]
+        self._views = [block for part in parts for block in part.blocks()]
+
+    def update_each(self, targets: Sequence[Tensor], change: Callable[[list[Tensor]], None]) -> None:
+        """Let `change` write to the blocks of tensors of the weights' layouts, in place."""
+        opened = [part.open(target) for part, target in zip(self.parts, targets, strict=True)]
+        change([block for blocks, _ in opened for block in blocks])
+        for _, finish in opened:
+            finish()
+
+
 class Stack(NamedTuple):
-    """Weights that are measured and written together; mostly one.
+    """Weights that are measured and written together.
 
     Args:
         members: their positions among all weights.
-        weight: the weight; of several, a copy with their groups one after the other.
+        weight: all of them as one: on an accelerator, a copy with their groups one after the other.
         strength: of each of them: a number, or of a single one a scalar tensor.
     """
 
@@ -26,6 +51,9 @@ class Stack(NamedTuple):
 
     def update(self, targets: Sequence[Tensor], change: Callable[[list[Tensor]], None]) -> None:
         """Let `change` write to the blocks of tensors of the weights' layouts, one per member, in place."""
+        if isinstance(self.weight, BesideEachOther):
+            self.weight.update_each(targets, change)
+            return
         if len(targets) == 1:
             self.weight.update(targets[0], change)
             return
@@ -36,42 +64,68 @@ class Stack(NamedTuple):
 
     def cut(self, values: Tensor) -> list[Tensor]:
         """Cut one value per group to those of each member."""
+        if isinstance(self.weight, BesideEachOther):
+            return list(values.split([sum(map(len, part.blocks())) for part in self.weight.parts]))
         return list(values.chunk(len(self.members)))
 
 
 def stack_alike(weights: Sequence[Tensor], grain: Grain, strengths: Sequence[Tensor | float]) -> list[Stack]:
-    """Put weights of one shape, dtype, device and strength together.
+    """Put weights of one dtype, device and strength together, up to `DEVICE_PIECE` elements.
 
-    On a CPU, where a kernel costs nothing to start, and for weights that are cut over processes, each stays alone.
+    On an accelerator they are of one shape, too. On a CPU, those whose blocks are copies stay alone; and everywhere,
+    those that are cut over processes.
 
     Args:
         weights: output channels first.
         grain: see [`hf_r2.grain.parse_grain`].
         strengths: one per weight.
     """
+    held = [LocalWeight(weight, grain) for weight in weights]
     alike: dict[object, list[int]] = {}
-    for index, (weight, strength) in enumerate(zip(weights, strengths, strict=True)):
-        key = (weight.shape, weight.dtype, weight.device, strength) if _stackable(weight, grain, strength) else index
-        alike.setdefault(key, []).append(index)
+    for index, (weight, local, strength) in enumerate(zip(weights, held, strengths, strict=True)):
+        plain = isinstance(strength, float) and not isinstance(weight, DTensor)
+        key = _likeness(weight, local) if plain else None
+        alike.setdefault(index if key is None else (key, strength), []).append(index)
     stacks = []
     for members in alike.values():
-        most = max(1, DEVICE_PIECE // max(1, weights[members[0]].numel()))
-        for start in range(0, len(members), most):
-            some = members[start : start + most]
-            stacks.append(Stack(some, _together([weights[index] for index in some], grain), strengths[some[0]]))
+        for some in _portions(members, weights):
+            together = _together([weights[index] for index in some], [held[index] for index in some])
+            stacks.append(Stack(some, together, strengths[some[0]]))
     return stacks
 
 
-def _stackable(weight: Tensor, grain: Grain, strength: Tensor | float) -> bool:
-    plain = not weight.is_cpu and not isinstance(weight, DTensor) and isinstance(strength, float)
+def _likeness(weight: Tensor, local: LocalWeight) -> object | None:
+    """Return what weights share that are worked on as one; None for one that stays alone."""
+    if _on_cpu(weight):
+        return weight.dtype if local.in_place else None
     # A second block, the short last groups of all channels, would come between the members
-    return plain and len(group_sizes(weight.shape, grain)) == 1
+    return (weight.shape, weight.dtype, weight.device) if len(local.elements) == 1 else None
 
 
-def _together(weights: list[Tensor], grain: Grain) -> LocalWeight:
+def _portions(members: Sequence[int], weights: Sequence[Tensor]) -> list[list[int]]:
+    portions: list[list[int]] = []
+    room = 0
+    for index in members:
+        elements = weights[index].numel()
+        if not portions or elements > room:
+            portions.append([])
+            room = DEVICE_PIECE
+        portions[-1].append(index)
+        room -= elements
+    return portions
+
+
+def _together(weights: Sequence[Tensor], held: Sequence[LocalWeight]) -> LocalWeight:
     if len(weights) == 1:
-        return LocalWeight(weights[0], grain)
-    if grain == "tensor":
+        return held[0]
+    if _on_cpu(weights[0]):
+        return BesideEachOther(held)
+    if held[0].grain == "tensor":
         # Each becomes one output channel: its only group
         return LocalWeight(torch.stack([weight.detach().flatten() for weight in weights]), "channel")
-    return LocalWeight(torch.cat([weight.detach() for weight in weights]), grain)
+    return LocalWeight(torch.cat([weight.detach() for weight in weights]), held[0].grain)
+
+
+def _on_cpu(weight: Tensor) -> bool:
+    """Tell whether weights are worked on where they are; a copy costs more there than many kernels do."""
+    return weight.is_cpu

@@ -1,7 +1,5 @@
 """Searching a block by cells against obvious loops, and what is searched that way against a pass over the whole."""
 
-from importlib import import_module
-
 import numpy as np
 import pytest
 import torch
@@ -9,12 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hf_r2 import RangeProjection
-from hf_r2.cells import CELL, cell_peaks, cell_size, crowded, excess, pick_cells, sample_cells
+from hf_r2 import RangeProjection, cells
+from hf_r2.cells import CELL, Cells, Picked, cell_size, crowded, excess, sample_cells
 from hf_r2.losses import RangeLoss
 from hf_r2.projection import prox_l_inf
 
-USERS = [import_module(name) for name in ("hf_r2.losses.l_inf", "hf_r2.losses.margin", "hf_r2.projection")]
 SHAPES = st.tuples(
     st.integers(1, 5), st.one_of(st.integers(1, 40), st.sampled_from([127, 128, 129, 257, 262, 384, 390]))
 )
@@ -22,126 +19,183 @@ SHAPES = st.tuples(
 
 @st.composite
 def searches(draw):
-    """A block, with ties, and a level for each of its groups."""
-    groups, n = draw(SHAPES)
+    """Blocks, with ties, and a level for each of their groups."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
-    block = torch.randn(groups, n, generator=generator)
+    blocks = [torch.randn(shape, generator=generator) for shape in draw(st.lists(SHAPES, min_size=1, max_size=4))]
     if draw(st.booleans()):
-        block = (2 * block).round() / 2
-    level = block.abs().amax(dim=1) * draw(st.sampled_from([0.0, 0.3, 0.8, 0.99, 1.0, 1.5]))
-    return block, level
+        blocks = [(2 * block).round() / 2 for block in blocks]
+    shares = st.sampled_from([0.0, 0.3, 0.8, 0.99, 1.0, 1.5])
+    return blocks, torch.cat([block.abs().amax(dim=1) * draw(shares) for block in blocks])
 
 
-def loop_excess(block, level):
-    above = [
-        [abs(value) - limit for value in row if abs(value) > limit] for row, limit in zip(block, level, strict=True)
-    ]
-    return np.array([[sum(row) for row in above], [len(row) for row in above]], dtype=np.float64)
+def rows_of(blocks):
+    return [row for block in blocks for row in block.tolist()]
+
+
+def loop_excess(rows, level):
+    pairs = zip(rows, level, strict=True)
+    above = [[abs(value) - limit for value in row if abs(value) > limit] for row, limit in pairs]
+    return np.array([[sum(row), len(row)] for row in above], dtype=np.float64)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(search=searches())
 def test_peaks_are_the_largest_magnitudes_of_cells_of_one_size_near_the_usual(search):
-    block, _ = search
-    peaks = cell_peaks(block)
-    n = block.shape[1]
-    size = n // peaks.shape[1]
-    divisors = [divisor for divisor in range(1, n + 1) if n % divisor == 0]
-    largest, next_larger = max(d for d in divisors if d <= CELL), min([d for d in divisors if d > CELL], default=n)
-    assert size == (largest if 8 * largest >= min(n, CELL) else next_larger)
-    for row, found in zip(block.tolist(), peaks.tolist(), strict=True):
-        assert found == [max(map(abs, row[start : start + size])) for start in range(0, n, size)]
+    blocks, _ = search
+    searched = Cells(blocks)
+    for block, peaks in zip(blocks, searched.split_peaks(), strict=True):
+        n = block.shape[1]
+        size = n // peaks.shape[1]
+        divisors = [divisor for divisor in range(1, n + 1) if n % divisor == 0]
+        largest, next_larger = max(d for d in divisors if d <= CELL), min([d for d in divisors if d > CELL], default=n)
+        assert size == (largest if 8 * largest >= min(n, CELL) else next_larger)
+        for row, found in zip(block.tolist(), peaks.tolist(), strict=True):
+            assert found == [max(map(abs, row[start : start + size])) for start in range(0, n, size)]
+    assert searched.tops().tolist() == [max(map(abs, row)) for row in rows_of(blocks)]
+
+
+def test_peaks_are_the_same_in_blocks_larger_than_what_is_cached(monkeypatch):
+    block = torch.randn(3, 1280, generator=torch.Generator().manual_seed(0))
+    expected = block.abs().view(-1, 128).amax(dim=1)
+    for cached in (1, 300, 1280, 1 << 18):
+        monkeypatch.setattr(cells, "CACHED", cached)
+        assert torch.equal(Cells([block]).peaks, expected)
 
 
 def test_peaks_of_nothing_are_zero():
-    assert cell_peaks(torch.empty(3, 0)).tolist() == [[0], [0], [0]]
-    assert cell_peaks(torch.empty(0, 5)).shape[0] == 0
+    assert Cells([torch.empty(3, 0)]).tops().tolist() == [0, 0, 0]
+    assert Cells([torch.empty(0, 5)]).tops().tolist() == []
+
+
+def test_crowded_blocks_are_picked_as_a_whole_unread():
+    blocks = [torch.full((1, 1 << 14), torch.nan), torch.ones(2, 256)]
+    picked = Cells(blocks, [True, False]).pick(torch.tensor([0.5, 2.0, 2.0]), above=True)
+    assert picked == Picked([], [0])
 
 
 @pytest.mark.parametrize("above", [False, True])
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(search=searches())
 def test_cells_at_or_above_the_level_are_picked_unless_they_are_many(above, search):
-    block, level = search
-    peaks = cell_peaks(block)
-    size = block.shape[1] // peaks.shape[1]
-    wanted = [
-        (row * peaks.shape[1] + cell, row)
-        for row, cells in enumerate(peaks.tolist())
-        for cell, peak in enumerate(cells)
-        if (peak > level[row] if above else peak == level[row])
-    ]
-    picked = pick_cells(block, peaks, level, above)
-    if 4 * len(wanted) > peaks.numel():
-        assert picked is None
-        return
-    assert list(zip(picked.index.tolist(), picked.groups.tolist(), strict=True)) == wanted
-    assert picked.size == size
-    expected = [block[row, (cell % peaks.shape[1]) * size :][:size].tolist() for cell, row in wanted]
-    assert picked.of(block).reshape(len(wanted), size).tolist() == expected
+    blocks, level = search
+    picked = Cells(blocks).pick(level, above)
+    found = {b: [] for b in range(len(blocks)) if b not in picked.whole}
+    for batch in picked.cells:
+        copies, groups = iter(batch.of(blocks)), iter(batch.groups.tolist())
+        for b, index in batch.index.items():
+            assert batch.size == cell_size(blocks[b].shape[1])
+            found[b] += [(cell, next(groups), next(copies).tolist()) for cell in index.tolist()]
+    first = 0
+    for b, block in enumerate(blocks):
+        size = cell_size(block.shape[1])
+        rows = block.view(-1, size).tolist()
+        of_group = block.shape[1] // size
+        wanted = [(cell, first + cell // of_group, row) for cell, row in enumerate(rows)]
+        wanted = [
+            each
+            for each in wanted
+            if (max(map(abs, each[2])) > level[each[1]] if above else max(map(abs, each[2])) == level[each[1]])
+        ]
+        assert (b in picked.whole) == (4 * len(wanted) > len(rows))
+        assert found.get(b, wanted) == wanted
+        first += len(block)
 
 
 def test_nothing_is_picked_from_an_empty_block():
-    assert pick_cells(torch.empty(0, 5), torch.empty(0, 1), torch.empty(0)) is None
+    assert Cells([torch.empty(0, 5)]).pick(torch.empty(0)).cells == []
+    assert Cells([torch.empty(2, 0)]).pick(torch.zeros(2)).cells == []
+
+
+@pytest.mark.parametrize(("piece", "batches"), [(1 << 17, [[0, 1, 3], [4]]), (300, [[0, 1], [3], [4]]), (1, None)])
+def test_cells_of_one_size_are_copied_together_as_long_as_they_are_few(monkeypatch, piece, batches):
+    monkeypatch.setattr(cells, "CPU_PIECE", piece)
+    blocks = [torch.arange(1280.0).view(1, -1).roll(b) for b in range(5)]
+    blocks[4] = torch.arange(1000.0).view(1, -1)
+    level = torch.tensor([1279.0, 1279, 2000, 1279, 999])
+    picked = Cells(blocks).pick(level)
+    assert [list(batch.index) for batch in picked.cells] == (batches or [[0], [1], [3], [4]])
+    assert [batch.groups.tolist() for batch in picked.cells] == (batches or [[0], [1], [3], [4]])
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(search=searches())
 def test_excess_agrees_with_a_loop_over_the_picked_cells_and_over_all(search):
-    block, level = search
-    expected = loop_excess(block.tolist(), level.tolist())
-    for picked in (None, pick_cells(block, cell_peaks(block), level, above=True)):
-        found = excess(block, level, picked)
+    blocks, level = search
+    expected = loop_excess(rows_of(blocks), level.tolist())
+    searched = Cells(blocks)
+    for picked in (Picked([], list(range(len(blocks)))), searched.pick(level, above=True)):
+        found = searched.excess(level, picked)
         assert found.dtype == torch.float64
-        np.testing.assert_allclose(found[0].numpy(), expected[0], rtol=1e-4, atol=1e-5)
-        np.testing.assert_array_equal(found[1].numpy(), expected[1])
+        np.testing.assert_allclose(found[:, 0].numpy(), expected[:, 0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(found[:, 1].numpy(), expected[:, 1])
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(search=searches())
+def test_magnitudes_above_the_level_are_those_in_the_cells(search):
+    blocks, level = search
+    picked = Cells(blocks).pick(level, above=True)
+    magnitudes, groups = picked.above(blocks, level)
+    skipped = [b in picked.whole for b, block in enumerate(blocks) for _ in block]
+    expected = [
+        (group, abs(value))
+        for group, row in enumerate(rows_of(blocks))
+        for value in row
+        if not skipped[group] and abs(value) > level[group]
+    ]
+    assert sorted(zip(groups.tolist(), magnitudes.tolist(), strict=True)) == sorted(expected)
 
 
 def test_excess_of_a_block_larger_than_a_piece_counts_every_element():
     block = torch.randn(3, 500_000, generator=torch.Generator().manual_seed(0))
-    found = excess(block, torch.tensor([0.0, 0.5, 3.0]), None)
+    found = excess(block, torch.tensor([0.0, 0.5, 3.0]))
     magnitudes = block.double().abs() - torch.tensor([0.0, 0.5, 3.0])[:, None]
-    torch.testing.assert_close(found[0], magnitudes.relu().sum(1), rtol=1e-6, atol=0)
-    assert found[1].tolist() == (magnitudes > 0).sum(1).tolist()
+    torch.testing.assert_close(found[:, 0], magnitudes.relu().sum(1), rtol=1e-6, atol=0)
+    assert found[:, 1].tolist() == (magnitudes > 0).sum(1).tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_excess_of_one_group_larger_than_a_piece_counts_every_element(dtype):
     block = torch.randn(1, 200_001, generator=torch.Generator().manual_seed(0), dtype=dtype)
     above = (block.double().abs() - 0.5).relu()
-    sums, counts = excess(block, torch.tensor([0.5], dtype=dtype), None)
-    torch.testing.assert_close(sums, above.sum(1), rtol=1e-6, atol=0)
-    assert counts.tolist() == [(above > 0).sum()]
+    ((total, count),) = excess(block, torch.tensor([0.5], dtype=dtype))
+    torch.testing.assert_close(total, above.sum(), rtol=1e-6, atol=0)
+    assert count == (above > 0).sum()
 
 
 def test_excess_of_what_is_not_a_number_is_none():
     block = torch.ones(1, 100_000)
     block[0, 70_000] = float("nan")
-    assert excess(block, torch.zeros(1), None)[0].isnan()
+    assert excess(block, torch.zeros(1))[0, 0].isnan()
 
 
 def test_excess_of_an_empty_group_is_nothing():
-    assert excess(torch.empty(1, 0), torch.zeros(1), None).tolist() == [[0], [0]]
+    assert excess(torch.empty(1, 0), torch.zeros(1)).tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize("count", [1, 7, 100, 5000])
 def test_a_sample_has_cells_from_all_over(count):
-    cells = sample_cells(torch.arange(1000.0).repeat_interleave(128)[None], count).view(-1, 128)
-    assert min(count, 500) <= len(cells) <= max(2 * count, 1000)
-    assert (cells == cells[:, :1]).all()
-    gaps = cells[:, 0].diff()
-    assert cells[0, 0] == 0 and (gaps == gaps[:1]).all()
+    sample = sample_cells(torch.arange(1000.0).repeat_interleave(128)[None], count).view(-1, 128)
+    assert min(count, 500) <= len(sample) <= max(2 * count, 1000)
+    assert (sample == sample[:, :1]).all()
+    gaps = sample[:, 0].diff()
+    assert sample[0, 0] == 0 and (gaps == gaps[:1]).all()
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, False), (0.001, False), (0.02, True), (0.5, True)])
 def test_crowded_tells_whether_most_cells_hold_an_element_above(share, expected):
     block = torch.rand(1, 400_000, generator=torch.Generator().manual_seed(0))
-    assert crowded(-block, torch.tensor([1 - share])) is expected
+    level = torch.tensor([1 - share])
+    assert crowded([-block], level) == [expected]
+    assert crowded([torch.ones(3, 4), -block, block], torch.cat([torch.zeros(3), level, level])) == [
+        False,
+        expected,
+        expected,
+    ]
 
 
 def test_small_blocks_and_several_groups_are_never_crowded():
-    assert not crowded(torch.ones(1, 1 << 13), torch.zeros(1))
-    assert not crowded(torch.ones(2, 1 << 15), torch.zeros(2))
+    assert crowded([torch.ones(1, 1 << 13), torch.ones(2, 1 << 15)], torch.zeros(3)) == [False, False]
 
 
 def seeded(shape, seed=0):
@@ -149,8 +203,7 @@ def seeded(shape, seed=0):
 
 
 def without_cells(patch):
-    for user in USERS:
-        patch.setattr(user, "pick_cells", lambda *arguments, **options: None)
+    patch.setattr(Cells, "pick", lambda self, level, above=False: Picked([], list(range(len(self.blocks)))))
 
 
 def measured(weight, kind, grain, share, **options):
@@ -167,15 +220,15 @@ def measured(weight, kind, grain, share, **options):
 
 @pytest.fixture
 def picks(monkeypatch):
-    """Notes whether cells were picked, by the modules that pick."""
+    """Notes what was picked."""
     found = []
+    pick = Cells.pick
 
-    def noted(*arguments, **options):
-        found.append(pick_cells(*arguments, **options))
+    def noted(self, level, above=False):
+        found.append(pick(self, level, above))
         return found[-1]
 
-    for user in USERS:
-        monkeypatch.setattr(user, "pick_cells", noted)
+    monkeypatch.setattr(Cells, "pick", noted)
     return found
 
 
@@ -190,7 +243,7 @@ def test_losses_are_the_same_by_cells_and_by_the_whole(monkeypatch, picks, kind,
     weight = seeded((24, 4096))
     weight[3, 5] = weight[20, 7] = -weight.abs().max()  # a tie
     by_cells = measured(weight, kind, grain, share, **options)
-    assert any(found is not None for found in picks)
+    assert any(not found.whole for found in picks)
     without_cells(monkeypatch)
     torch.testing.assert_close(by_cells, measured(weight, kind, grain, share, **options), rtol=1e-6, atol=0)
 
@@ -200,7 +253,7 @@ def test_losses_are_the_same_by_cells_and_by_the_whole(monkeypatch, picks, kind,
 def test_prox_is_the_same_by_cells_and_by_the_whole(monkeypatch, picks, grain, t):
     weight = seeded((24, 4096))
     by_cells = prox_l_inf(weight, t, grain)
-    assert t > 1e-3 or any(found is not None for found in picks)
+    assert t > 1e-3 or any(not found.whole for found in picks)
     without_cells(monkeypatch)
     torch.testing.assert_close(by_cells, prox_l_inf(weight, t, grain), rtol=1e-6, atol=0)
 
@@ -245,8 +298,9 @@ def test_prox_tells_of_a_broken_weight_wherever_it_is_broken(broken, place):
 
 def test_storages_stay_resizable():
     block = torch.randn(4, 512)
-    picked = pick_cells(block, cell_peaks(block), block.abs().amax(dim=1))
-    assert picked.of(block).shape[1] == cell_size(512)
+    searched = Cells([block])
+    (batch,) = searched.pick(searched.tops()).cells
+    batch.add([block], batch.of([block]))
     block.untyped_storage().resize_(0)  # as FSDP2 frees a weight that it has gathered
 
 

@@ -12,14 +12,21 @@ GRAINS = ["tensor", "channel", 3, 6]  # 3 and 6 divide 12 inputs
 
 
 @pytest.fixture
-def stack_on_cpu(monkeypatch):
-    """Stack as on an accelerator."""
-    judge = stacking._stackable
+def as_on_an_accelerator(monkeypatch):
+    monkeypatch.setattr(stacking, "_on_cpu", lambda weight: False)
 
-    def stackable(weight, grain, strength):
-        return judge(weight.to("meta"), grain, strength)
 
-    monkeypatch.setattr(stacking, "_stackable", stackable)
+@pytest.fixture
+def each_alone(monkeypatch):
+    monkeypatch.setattr(stacking, "_likeness", lambda weight, local: None)
+
+
+@pytest.fixture
+def as_on_a_cpu():
+    pass
+
+
+together = pytest.mark.parametrize("place", ["as_on_an_accelerator", "as_on_a_cpu"])
 
 
 @pytest.fixture
@@ -38,7 +45,7 @@ def restricted(model, kind, grain, factors=None):
     loss.accumulate_grad_(2.0)
     gradients = {name: parameter.grad for name, parameter in (*model.named_parameters(), *loss.named_parameters())}
     differentiable = RangeLoss(model, kind, grain, factors=factors, margin_reduction="sum", tail_fraction=0.2)()
-    return len(stacking.stack_alike([w.weight for w in model], grain, [1.0] * 7)), value, gradients, differentiable
+    return len(members([w.weight for w in model], grain)), value, gradients, differentiable
 
 
 def assert_same_gradients(actual, expected):
@@ -50,47 +57,77 @@ def assert_same_gradients(actual, expected):
             )
 
 
+@together
 @pytest.mark.parametrize("factors", [None, {"1.*": 0.5, "3.*": 2.0}])
 @pytest.mark.parametrize("grain", GRAINS)
 @pytest.mark.parametrize("kind", RANGE_LOSSES)
-def test_stacked_weights_are_measured_and_written_as_each_alone(request, model, kind, grain, factors):
+def test_stacked_weights_are_measured_and_written_as_each_alone(request, model, kind, grain, factors, place):
+    request.getfixturevalue(place)
+    stacked = restricted(copy.deepcopy(model), kind, grain, factors)
+    request.getfixturevalue("each_alone")
     alone = restricted(copy.deepcopy(model), kind, grain, factors)
-    request.getfixturevalue("stack_on_cpu")
-    together = restricted(copy.deepcopy(model), kind, grain, factors)
-    assert together[0] < alone[0] == 7
-    torch.testing.assert_close(together[1], alone[1])
-    assert_same_gradients(together[2], alone[2])
-    torch.testing.assert_close(together[3], alone[3])
+    assert stacked[0] < alone[0] == 7
+    torch.testing.assert_close(stacked[1], alone[1])
+    assert_same_gradients(stacked[2], alone[2])
+    torch.testing.assert_close(stacked[3], alone[3])
 
 
+@together
 @pytest.mark.parametrize("kind", RANGE_LOSSES)
-def test_stacked_gradients_by_autograd(request, model, kind):
+def test_stacked_gradients_by_autograd(request, model, kind, place):
+    request.getfixturevalue(place)
     expected = copy.deepcopy(model)
-    RangeLoss(expected, kind)().backward()
-    request.getfixturevalue("stack_on_cpu")
     RangeLoss(model, kind)().backward()
+    request.getfixturevalue("each_alone")
+    RangeLoss(expected, kind)().backward()
     gradients = ({name: parameter.grad for name, parameter in one.named_parameters()} for one in (model, expected))
     assert_same_gradients(*gradients)
 
 
+@together
 @pytest.mark.parametrize("grain", GRAINS)
 @pytest.mark.parametrize(("kind", "strength"), [("clip", 1.0), ("clip", 0.4), ("prox", 0.05)])
-def test_stacked_weights_are_projected_as_each_alone(request, model, kind, strength, grain):
+def test_stacked_weights_are_projected_as_each_alone(request, model, kind, strength, grain, place):
+    request.getfixturevalue(place)
     expected = copy.deepcopy(model)
-    RangeProjection(expected, kind, grain).step(strength)
-    request.getfixturevalue("stack_on_cpu")
     RangeProjection(model, kind, grain).step(strength)
+    request.getfixturevalue("each_alone")
+    RangeProjection(expected, kind, grain).step(strength)
     for actual, parameter in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(actual, parameter)
 
 
-def test_a_stack_holds_no_more_than_a_piece(stack_on_cpu, monkeypatch):
+def members(weights, grain, strengths=None):
+    return [stack.members for stack in stacking.stack_alike(weights, grain, strengths or [1.0] * len(weights))]
+
+
+@together
+def test_a_stack_holds_no_more_than_a_piece(request, monkeypatch, place):
+    request.getfixturevalue(place)
     monkeypatch.setattr(stacking, "DEVICE_PIECE", 200)
-    stacks = stacking.stack_alike([torch.randn(8, 12) for _ in range(5)], "channel", [1.0] * 5)
-    assert [stack.members for stack in stacks] == [[0, 1], [2, 3], [4]]
+    assert members([torch.randn(8, 12) for _ in range(5)], "channel") == [[0, 1], [2, 3], [4]]
 
 
-def test_strengths_that_are_tensors_and_uneven_groups_are_not_stacked(stack_on_cpu):
+@together
+def test_strengths_that_are_tensors_and_uneven_groups_are_not_stacked(request, place):
+    request.getfixturevalue(place)
     weights = [torch.randn(8, 12) for _ in range(3)]
-    assert len(stacking.stack_alike(weights, "channel", list(torch.ones(3)))) == 3
-    assert len(stacking.stack_alike(weights, 5, [1.0] * 3)) == 3
+    assert members(weights, "channel", list(torch.ones(3))) == [[0], [1], [2]]
+    assert members(weights, 5) == [[0], [1], [2]]
+
+
+def test_on_a_cpu_weights_of_any_shape_are_stacked_unless_they_would_be_copied():
+    last = torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+    weights = [torch.randn(8, 12), last, torch.randn(5), torch.randn(3, 7).T, torch.randn(8, 12).double()]
+    half = [torch.randn(8, 12).bfloat16() for _ in range(2)]
+    assert members(weights + half, "tensor") == [[0, 1, 2, 3], [4], [5], [6]]
+    assert members([*weights[:2], weights[0], weights[3]], "channel") == [[0, 2], [1], [3]]
+
+
+def test_a_weight_that_is_not_a_number_is_named_whichever_it_is_stacked_with(model):
+    loss, projection = RangeLoss(model), RangeProjection(model, "prox")
+    with torch.no_grad():
+        model[3].weight[2, 1] = float("nan")
+    for step in (loss.measure, projection.step):
+        with pytest.raises(ValueError, match=r"^3\.weight: NaN"):
+            step()

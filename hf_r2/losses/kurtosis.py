@@ -1,5 +1,6 @@
 """Kurtosis regularization (KURE)."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -37,51 +38,42 @@ def kurtosis_measure(target: float = UNIFORM_KURTOSIS) -> Measure:
 
 
 def _measure(target: float, weight: LocalWeight) -> Routine[Measured]:
-    bounds = yield from extremes(weight)
+    high, low = (yield from extremes(weight)).unbind(dim=1)
     # The kurtosis does not depend on scale, so the range becomes 1: fourth powers of small weights would leave float32
-    spread = [bound[:, 0] != bound[:, 1] for bound in bounds]  # true for NaN, too
-    units = [torch.where(s, 1 / (bound[:, 0] - bound[:, 1]), 0) for s, bound in zip(spread, bounds, strict=True)]
-    starts = [bound[:, 1] for bound in bounds]
-    (means,) = yield from _moments(weight, units, starts, [1])
-    means = [
-        start + mean.to(start) / unit.where(unit > 0, 1) for start, mean, unit in zip(starts, means, units, strict=True)
-    ]
-    seconds, thirds, fourths = yield from _moments(weight, units, means, [2, 3, 4])
-    values, slopes = [], []
-    for varied, second, third, fourth in zip(spread, seconds, thirds, fourths, strict=True):
-        second = torch.where(varied, second, 1)
-        ratio = fourth / second.square()
-        values.append(torch.where(varied, (ratio - target).square(), 0))
-        slopes.append((torch.where(varied, 2 * (ratio - target) / second.square(), 0), third, ratio * second))
-    value = yield from weight.over_groups([v.to(unit.dtype) for v, unit in zip(values, units, strict=True)])
+    varied = high != low  # true for NaN, too
+    units = torch.where(varied, 1 / (high - low), 0)
+    (means,) = yield from _moments(weight, units, low, [1])
+    means = low + means.to(low) / units.where(units > 0, 1)
+    second, third, fourth = yield from _moments(weight, units, means, [2, 3, 4])
+    second = torch.where(varied, second, 1)
+    ratio = fourth / second.square()
+    value = yield from weight.over_groups(torch.where(varied, (ratio - target).square(), 0).to(units.dtype))
+    slopes = torch.where(varied, 2 * (ratio - target) / second.square(), 0)
 
-    def add_gradient(grads: list[Tensor], scale: Tensor | float) -> None:
+    def add_gradient(grads: Sequence[Tensor], scale: Tensor | float) -> None:
         # dκ/dx_i = 4 / (n·m2²) · (x_i³ − m3 − κ·m2·x_i), with x = unit · (W − μ)
-        for index, (block, grad) in enumerate(zip(weight.blocks(), grads, strict=True)):
-            slope, third, linear = slopes[index]
-            outer = (4 / weight.elements[index] * slope * units[index] * scale).to(block.dtype)[:, None]
-            third, linear = third.to(block.dtype)[:, None], linear.to(block.dtype)[:, None]
+        outer = 4 / weight.group_elements() * slopes * units * scale
+        terms = torch.stack([outer, third, ratio * second, means, units], dim=1).to(units.dtype)
+        for block, grad, of_block in zip(weight.blocks(), grads, weight.split(terms), strict=True):
             for band, (piece, target_piece) in pieces(block, grad):
-                x = (piece - means[index][band, None]) * units[index][band, None]
-                target_piece.add_(outer[band] * (x * (x.square() - linear[band]) - third[band]))
+                factor, cube, linear, mean, unit = of_block[band, :, None].unbind(dim=1)
+                x = (piece - mean) * unit
+                target_piece.add_(factor * (x * (x.square() - linear) - cube))
 
     return Measured(value, add_gradient)
 
 
-def _moments(
-    weight: LocalWeight, units: list[Tensor], centres: list[Tensor], powers: list[int]
-) -> Routine[list[list[Tensor]]]:
-    """Mean of `(unit · (W − centre))^power` for each group, float64: by power, then by block."""
-    sums = []
-    for block, unit, centre in zip(weight.blocks(), units, centres, strict=True):
-        sums.append(torch.zeros(len(unit), len(powers), dtype=torch.float64, device=block.device))
+def _moments(weight: LocalWeight, units: Tensor, centres: Tensor, powers: list[int]) -> Routine[tuple[Tensor, ...]]:
+    """Mean of `(unit · (W − centre))^power` for each group, `(groups,)` in float64, by power."""
+    sums = torch.zeros(len(units), len(powers), dtype=torch.float64, device=units.device)
+    for block, *parts in zip(weight.blocks(), *map(weight.split, (units, centres, sums)), strict=True):
+        unit, centre, total = parts
         for band, (piece,) in pieces(block):
             x = (piece - centre[band, None]) * unit[band, None]
             terms, term = {}, x
             for power in range(1, max(powers) + 1):
                 terms[power] = term.sum(dim=1)
                 term = term * x
-            sums[-1][band] += torch.stack([terms[power] for power in powers], dim=1)
+            total[band] += torch.stack([terms[power] for power in powers], dim=1)
     sums = yield from weight.total(sums)
-    means = [part / elements for part, elements in zip(sums, weight.elements, strict=True)]
-    return [[mean[:, index] for mean in means] for index in range(len(powers))]
+    return (sums.T / weight.group_elements()).unbind()

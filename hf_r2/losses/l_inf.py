@@ -1,15 +1,14 @@
 """The L-infinity range loss."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_r2.cells import cell_peaks, pick_cells
+from hf_r2.cells import Cells
 from hf_r2.grain import Grain
-from hf_r2.losses.term import Measured, range_term
+from hf_r2.losses.term import AddGradient, Measured, range_term
 from hf_r2.sharding import LocalWeight, Routine
 
 
@@ -31,69 +30,48 @@ def l_inf(weight: Tensor, grain: Grain = "tensor") -> Tensor:
 
 def measure_l_inf(weight: LocalWeight) -> Routine[Measured]:
     """Measure L-infinity; see [`l_inf`]."""
-    tops, add_signs = yield from find_largest(weight)
+    tops, _, add_gradient = yield from find_largest(weight)
     value = yield from weight.over_groups(tops)
-    return Measured(value, lambda grads, scale: add_signs(grads, [scale] * len(grads)))
+    return Measured(value, add_gradient)
 
 
-AddSigns = Callable[[Sequence[Tensor], Sequence[Tensor | float]], None]
-
-
-def find_largest(weight: LocalWeight) -> Routine[tuple[list[Tensor], AddSigns]]:
+def find_largest(weight: LocalWeight, level: Tensor | None = None) -> Routine[tuple[Tensor, Tensor, AddGradient]]:
     """Find the largest magnitude of each group and the elements that have it.
 
+    Args:
+        weight: the weight.
+        level: `(groups,)`; where the largest magnitude is not above it, there is no gradient.
+
     Returns:
-        The largest magnitudes, `(groups,)` per block; and a function that adds scale × `sign(W)` on the largest
-        elements of each group, shared between ties, to blocks in place, with one scale per block: a number, or one per
-        group.
+        The largest magnitudes; 1 for each group that has a gradient, 0 for others; and a function that adds scale ×
+        `sign(W)` on the largest elements of these, shared between ties, to blocks in place.
     """
-    peaks = [cell_peaks(block) for block in weight.blocks()]
+    blocks = weight.blocks()
+    cells = Cells(blocks)
     yield
-    tops = yield from weight.maximum([peak.amax(dim=1) for peak in peaks])
-    found, counts = [], []
-    for block, peak, top in zip(weight.blocks(), peaks, tops, strict=True):
-        found.append(_look(block, peak, top))
-        counts.append(found[-1].counts(top) if found[-1] else _is_largest(block, top).sum(dim=1, dtype=top.dtype))
+    tops = yield from weight.maximum(cells.tops())
+    counted = torch.ones_like(tops) if level is None else (tops > level).to(tops.dtype)
+    wanted = tops.where(counted > 0, torch.inf)
+    picked = cells.pick(wanted)
+    counts = torch.zeros_like(tops)
+    for batch in picked.cells:
+        ties = np.count_nonzero(np.abs(batch.of(blocks)) == wanted.numpy()[batch.groups, None], axis=1)
+        counts += torch.from_numpy(np.bincount(batch.groups, ties, len(tops)))
+    for b in picked.whole:
+        weight.split(counts)[b].copy_(_is_largest(blocks[b], weight.split(wanted)[b]).sum(dim=1))
     counts = yield from weight.total(counts)
 
-    def add_signs(grads: Sequence[Tensor], scales: Sequence[Tensor | float]) -> None:
-        for index, (grad, largest, count, scale) in enumerate(zip(grads, found, counts, scales, strict=True)):
-            if largest:
-                largest.add_signs(grad, count, scale)
-            else:
-                block, share = weight.blocks()[index], scale / count.clamp_min(1)
-                grad.addcmul_(block.sign(), _is_largest(block, tops[index]) * share[:, None])
+    def add_gradient(grads: Sequence[Tensor], scale: Tensor | float) -> None:
+        shares = scale / counts.clamp_min(1)
+        for batch in picked.cells:
+            values, at = batch.of(blocks), batch.groups[:, None]
+            largest = np.abs(values) == wanted.numpy()[at]
+            batch.add(grads, np.sign(values) * largest * shares.numpy()[at])
+        for b in picked.whole:
+            largest = _is_largest(blocks[b], weight.split(wanted)[b])
+            grads[b].addcmul_(blocks[b].sign(), largest * weight.split(shares)[b][:, None])
 
-    return tops, add_signs
-
-
-class _Largest(NamedTuple):
-    """Where a block has its groups' largest magnitudes: flat positions, their signs and groups."""
-
-    positions: np.ndarray
-    signs: np.ndarray
-    groups: np.ndarray
-
-    def counts(self, top: Tensor) -> Tensor:
-        """Count them by group."""
-        return torch.from_numpy(np.bincount(self.groups, minlength=len(top)).astype(self.signs.dtype))
-
-    def add_signs(self, grad: Tensor, count: Tensor, scale: Tensor | float) -> None:
-        """Add scale × sign, shared between as many as there are in the group everywhere, to a block."""
-        share = (scale.numpy() if isinstance(scale, Tensor) else scale) / np.maximum(count.numpy(), 1)
-        values = (self.signs * share[self.groups]).astype(self.signs.dtype, copy=False)
-        grad.view(-1).index_add_(0, torch.from_numpy(self.positions), torch.from_numpy(values))
-
-
-def _look(block: Tensor, peaks: Tensor, top: Tensor) -> _Largest | None:
-    """Look for the largest magnitudes in the cells that hold them; see [`pick_cells`]."""
-    picked = pick_cells(block, peaks, top)
-    if picked is None:
-        return None
-    cells = picked.of(block)
-    cell, column = (np.abs(cells) == top.numpy()[picked.groups, None]).nonzero()
-    positions = picked.index[cell] * picked.size + column
-    return _Largest(positions, np.sign(cells[cell, column]), picked.groups[cell])
+    return tops, counted, add_gradient
 
 
 def _is_largest(block: Tensor, top: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
 """The margin range loss."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from hf_r2.cells import cached_pieces, cell_peaks, crowded, excess, pick_cells
+from hf_r2.cells import Cells, cached_pieces, crowded
 from hf_r2.grain import Grain, pieces
 from hf_r2.losses.l_inf import find_largest
-from hf_r2.losses.term import Measure, Measured, range_term
+from hf_r2.losses.term import AddGradient, Measure, Measured, range_term
 from hf_r2.sharding import LocalWeight, Routine
 
 MARGIN_REDUCTIONS = ("max", "sum")
@@ -45,45 +46,40 @@ def margin_measure(reduction: str) -> Measure:
 
 
 def _measure(outside: Measure, weight: LocalWeight, margins: Tensor) -> Routine[Measured]:
-    levels = [level.to(weight.tensor.device) for level in weight.held(margins.abs())]
-    sums, counts, add_gradient = yield from outside(weight, levels)
-    value = yield from weight.over_groups([level + more for level, more in zip(levels, sums, strict=True)])
+    level = weight.held(margins.abs()).to(weight.tensor.device)
+    sums, counts, add_gradient = yield from outside(weight, level)
+    value = yield from weight.over_groups(level + sums)
     # d|M| is 1, less 1 for every element that counts as outside
-    learned = yield from weight.whole([1 - count for count in counts])
+    learned = yield from weight.whole(1 - counts)
     return Measured(value, add_gradient, learned.to(margins) * margins.sign())
 
 
-def _furthest(weight: LocalWeight, levels: list[Tensor]) -> Routine[tuple]:
+def _furthest(weight: LocalWeight, level: Tensor) -> Routine[tuple[Tensor, Tensor, AddGradient]]:
     """Take the largest magnitude of each group, if it stands outside."""
-    tops, add_signs = yield from find_largest(weight)
-    sums = [(top - level).relu() for top, level in zip(tops, levels, strict=True)]
-    counts = [(more > 0).to(more.dtype) for more in sums]
-    return sums, counts, lambda grads, scale: add_signs(grads, [count * scale for count in counts])
+    tops, counted, add_gradient = yield from find_largest(weight, level)
+    return (tops - level).relu(), counted, add_gradient
 
 
-def _all(weight: LocalWeight, levels: list[Tensor]) -> Routine[tuple]:
+def _all(weight: LocalWeight, level: Tensor) -> Routine[tuple[Tensor, Tensor, AddGradient]]:
     """Take every element outside; only the cells that hold one are looked at again, unless they are many."""
-    peaks = [None if crowded(*pair) else cell_peaks(pair[0]) for pair in zip(weight.blocks(), levels, strict=True)]
+    blocks = weight.blocks()
+    cells = Cells(blocks, crowded(blocks, level))
     yield
-    picked, outside = [], []
-    for block, level, peak in zip(weight.blocks(), levels, peaks, strict=True):
-        picked.append(None if peak is None else pick_cells(block, peak, level, above=True))
-        outside.append(excess(block, level, picked[-1]).T)
-    outside = yield from weight.total(outside)
-    sums, counts = zip(*(part.to(weight.blocks()[0].dtype).unbind(dim=1) for part in outside), strict=True)
+    picked = cells.pick(level, above=True)
+    found = yield from weight.total(cells.excess(level, picked))
+    sums, counts = found.to(blocks[0].dtype).unbind(dim=1)
 
-    def add_gradient(grads: list[Tensor], scale: Tensor | float) -> None:
-        for grad, block, level, pick in zip(grads, weight.blocks(), levels, picked, strict=True):
-            if pick is not None and pick.index.size == 0:
-                continue
-            if pick is not None:
-                signs = _signs_outside(torch.from_numpy(pick.of(block)), level[torch.from_numpy(pick.groups)])
-                grad.view(-1, pick.size).index_add_(0, torch.from_numpy(pick.index), signs * scale)
-            elif block.is_cpu and len(block) == 1:
-                _add_signs_of_one(grad.view(-1), block.view(-1), level.item(), float(scale))
+    def add_gradient(grads: Sequence[Tensor], scale: Tensor | float) -> None:
+        for batch in picked.cells:
+            signs = _signs_outside(torch.from_numpy(batch.of(blocks)), level[torch.from_numpy(batch.groups)])
+            batch.add(grads, signs.mul_(scale).numpy())
+        for b in picked.whole:
+            grad, block, limit = grads[b], blocks[b], weight.split(level)[b]
+            if block.is_cpu and len(block) == 1:
+                _add_signs_of_one(grad.view(-1), block.view(-1), limit.item(), float(scale))
             else:
                 for band, (piece, target) in pieces(block, grad):
-                    target.add_(_signs_outside(piece, level[band]).mul_(scale))
+                    target.add_(_signs_outside(piece, limit[band]).mul_(scale))
 
     return sums, counts, add_gradient
 

@@ -119,7 +119,8 @@ class RangeLoss(nn.Module):
         self._measured = measure_all(self._routine(), self._stacks, self._learned())
         value = add_up(self._measured, self._stacks).float()
         if value.is_cpu and not value.isfinite():
-            require_finite(self.selection, [measured.value for measured in self._measured])
+            alone = [Stack([i], LocalWeight(weight, self.grain), 1.0) for i, weight in enumerate(self._weights())]
+            require_finite(self.selection, [one.value for one in measure_all(self._routine(), alone, self._learned())])
         return value
 
     @torch.no_grad()
@@ -218,7 +219,7 @@ class RangeLoss(nn.Module):
 
 def _range(weight: LocalWeight) -> Routine[Tensor]:
     bounds = yield from extremes(weight)
-    return (yield from weight.whole([bound.abs().amax(dim=1) for bound in bounds]))
+    return (yield from weight.whole(bounds.abs().amax(dim=1)))
 
 
 def _add_gradients(owners: list[tuple[nn.Module, str]], stack: Stack, add: Callable[[list[Tensor]], None]) -> None:

@@ -1,6 +1,6 @@
 """The soft-min-max range loss."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -52,29 +52,26 @@ def soft_min_max_measure(compiled: bool = False) -> Measure:
 
 
 def _measure(compiled: bool, weight: LocalWeight, temperatures: Tensor) -> Routine[Measured]:
-    a = [part.to(weight.tensor.device) for part in weight.held(temperatures)]
+    a = weight.held(temperatures).to(weight.tensor.device)
     bounds = yield from extremes(weight)
-    sizes = yield from rms(weight)
-    rates = [_rate(part, size) for part, size in zip(a, sizes, strict=True)]
-    highs, lows = yield from _soft_ends(weight, rates, bounds, compiled)
-    values, slopes = [], []
-    for part, size, bound, high, low in zip(a, sizes, bounds, highs, lows, strict=True):
-        penalty = size * torch.exp(-part)
-        soft_range = bound[:, 0] - bound[:, 1] - (high.distance + low.distance)
-        values.append(soft_range.to(size.dtype) + penalty)
-        # d s_max / da is the variance of U under p, −d s_min / da that under q
-        variance = torch.where(size > 0, (high.variance + low.variance) / size, 0)
-        slopes.append(variance.to(size.dtype) - penalty)
-    value = yield from weight.over_groups(values)
-    learned = yield from weight.whole(slopes)
+    size = yield from rms(weight)
+    rates = _rate(a, size)
+    high, low = yield from _soft_ends(weight, rates, bounds, compiled)
+    penalty = size * torch.exp(-a)
+    soft_range = bounds[:, 0] - bounds[:, 1] - (high.distance + low.distance)
+    value = yield from weight.over_groups(soft_range.to(size.dtype) + penalty)
+    # d s_max / da is the variance of U under p, −d s_min / da that under q
+    variance = torch.where(size > 0, (high.variance + low.variance) / size, 0)
+    learned = yield from weight.whole(variance.to(size.dtype) - penalty)
 
-    def add_gradient(grads: list[Tensor], scale: Tensor | float) -> None:
+    def add_gradient(grads: Sequence[Tensor], scale: Tensor | float) -> None:
         add = _kernel(_add_gradient, compiled)
-        for block, grad, rate, bound, high, low in zip(weight.blocks(), grads, rates, bounds, highs, lows, strict=True):
-            coefficients = torch.cat([end.coefficients(rate, scale) for end in (high, low)], dim=1).to(block.dtype)
+        coefficients = torch.cat([end.coefficients(rates, scale) for end in (high, low)], dim=1).to(size.dtype)
+        of_blocks = map(weight.split, (rates, bounds, coefficients))
+        for block, grad, rate, bound, c in zip(weight.blocks(), grads, *of_blocks, strict=True):
             once = _once(rate, bound)
             for band, (piece, target) in _walk(compiled, block, grad):
-                add(target, piece, rate[band, None], bound[band], coefficients[band], once)
+                add(target, piece, rate[band, None], bound[band], c[band], once)
 
     return Measured(value, add_gradient, learned.to(temperatures))
 
@@ -82,19 +79,14 @@ def _measure(compiled: bool, weight: LocalWeight, temperatures: Tensor) -> Routi
 def first_temperature(weight: LocalWeight, share: float = 0.9) -> Routine[Tensor]:
     """Find the temperature at which soft-min-max sees a share of each group's range, `(groups,)`, by bisection."""
     bounds = yield from extremes(weight)
-    sizes = yield from rms(weight)
-    lowest = [torch.full_like(size, LOWEST_START) for size in sizes]
-    highest = [torch.full_like(size, HIGHEST_START) for size in sizes]
+    size = yield from rms(weight)
+    lowest, highest = torch.full_like(size, LOWEST_START), torch.full_like(size, HIGHEST_START)
     # Halving the logarithm of a factor of 100 eight times leaves one of 1.02
     for _ in range(8):
-        middle = [(low * high).sqrt() for low, high in zip(lowest, highest, strict=True)]
-        rates = [_rate(a, size) for a, size in zip(middle, sizes, strict=True)]
-        highs, lows = yield from _soft_ends(weight, rates, bounds, compiled=False)
-        for index, bound in enumerate(bounds):
-            unseen = highs[index].distance + lows[index].distance
-            enough = unseen <= (1 - share) * (bound[:, 0] - bound[:, 1])
-            highest[index] = torch.where(enough, middle[index], highest[index])
-            lowest[index] = torch.where(enough, lowest[index], middle[index])
+        middle = (lowest * highest).sqrt()
+        high, low = yield from _soft_ends(weight, _rate(middle, size), bounds, compiled=False)
+        enough = high.distance + low.distance <= (1 - share) * (bounds[:, 0] - bounds[:, 1])
+        highest, lowest = torch.where(enough, middle, highest), torch.where(enough, lowest, middle)
     return (yield from weight.whole(highest))
 
 
@@ -128,17 +120,17 @@ def _rate(temperature: Tensor, size: Tensor) -> Tensor:
 
 
 def _soft_ends(
-    weight: LocalWeight, rates: list[Tensor], bounds: list[Tensor], compiled: bool
-) -> Routine[tuple[list[_SoftEnd], list[_SoftEnd]]]:
+    weight: LocalWeight, rates: Tensor, bounds: Tensor, compiled: bool
+) -> Routine[tuple[_SoftEnd, _SoftEnd]]:
     kernel = _kernel(_exponential_sums, compiled)
-    sums = []
-    for block, rate, bound in zip(weight.blocks(), rates, bounds, strict=True):
-        sums.append(torch.zeros(len(rate), 6, dtype=torch.float64, device=block.device))
+    sums = torch.zeros(len(rates), 6, dtype=torch.float64, device=rates.device)
+    of_blocks = map(weight.split, (rates, bounds, sums))
+    for block, rate, bound, total in zip(weight.blocks(), *of_blocks, strict=True):
         once = _once(rate, bound)
         for band, (piece,) in _walk(compiled, block):
-            sums[-1][band] += kernel(piece, rate[band, None], bound[band], once)
+            total[band] += kernel(piece, rate[band, None], bound[band], once)
     sums = yield from weight.total(sums)
-    return [_SoftEnd.of(part[:, :3]) for part in sums], [_SoftEnd.of(part[:, 3:]) for part in sums]
+    return _SoftEnd.of(sums[:, :3]), _SoftEnd.of(sums[:, 3:])
 
 
 def _once(rate: Tensor, bound: Tensor) -> bool:

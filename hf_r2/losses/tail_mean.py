@@ -57,7 +57,7 @@ def _measure(fraction: float, weight: LocalWeight) -> Routine[Measured]:
         above, ties = (everywhere > last).sum(dim=1, keepdim=True), (everywhere == last).sum(dim=1, keepdim=True)
         values.append((last + (everywhere - last).relu().sum(dim=1, keepdim=True) / size)[:, 0])
         shares.append(((held > last) + (held == last) * (size - above) / ties).to(held.dtype) / size)
-    value = yield from weight.over_groups(values)
+    value = yield from weight.over_groups(torch.cat(values))
 
     def add_gradient(grads: list[Tensor], scale: Tensor | float) -> None:
         for block, grad, (_, positions), share in zip(weight.blocks(), grads, tails, shares, strict=True):

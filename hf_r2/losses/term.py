@@ -18,6 +18,8 @@ from hf_r2.selection import scaled
 from hf_r2.sharding import Routine, run
 from hf_r2.stacking import Stack, stack_alike
 
+AddGradient = Callable[[Sequence[Tensor], Tensor | float], None]
+
 
 class Measured(NamedTuple):
     """What a range loss found out about one weight.
@@ -29,7 +31,7 @@ class Measured(NamedTuple):
     """
 
     value: Tensor
-    add_gradient: Callable[[list[Tensor], Tensor | float], None]
+    add_gradient: AddGradient
     learned: Tensor | None = None
 
 
@@ -70,7 +72,7 @@ def measure_all(measure: Measure, stacks: Sequence[Stack], learned: Sequence[Ten
     with torch.no_grad():
         if not learned:
             return run([measure(stack.weight) for stack in stacks])
-        together = [_cat([learned[index].detach() for index in stack.members]) for stack in stacks]
+        together = [torch.cat([learned[index] for index in stack.members]) for stack in stacks]
         return run([measure(stack.weight, values) for stack, values in zip(stacks, together, strict=True)])
 
 
@@ -112,7 +114,3 @@ class _RangeTerm(torch.autograd.Function):
                 for index, values in zip(stack.members, stack.cut(measured.learned), strict=True):
                     learned[index] = values * strength.to(values.device)
         return None, None, None, None, *gradients, *learned
-
-
-def _cat(values: list[Tensor]) -> Tensor:
-    return values[0] if len(values) == 1 else torch.cat(values)
