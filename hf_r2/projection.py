@@ -111,7 +111,10 @@ class RangeProjection:
         weights = [weight.detach() for weight in current_weights(self.selection)]
         stacks = stack_alike(weights, self.grain, strengths)
         if self.kind == "prox":
-            routines = [_prox_limits(stack.weight, stack.strength, self._before(stack)) for stack in stacks]
+            strengths = [stack.per_group(stack.strength) for stack in stacks]
+            routines = [
+                _prox_limits(stack.weight, t, self._before(stack)) for stack, t in zip(stacks, strengths, strict=True)
+            ]
         else:
             routines = [_clip_limits(stack.weight, self.clip) for stack in stacks]
         found = run(routines)
@@ -121,8 +124,9 @@ class RangeProjection:
         if all(level.is_cpu for level in self._levels):
             require_finite(self.selection, self._levels)
         for stack, limits in zip(stacks, found, strict=True):
-            share = 1.0 if self.kind == "prox" else stack.strength
-            change = partial(_clamp, limits=limits, groups=stack.weight.split, share=share)
+            whole = self.kind == "prox" or (isinstance(stack.strength, float) and stack.strength == 1)
+            share = None if whole else stack.per_group(stack.strength)
+            change = partial(_clamp, weight=stack.weight, limits=limits, share=share)
             stack.update([weights[index] for index in stack.members], change)
 
     def _before(self, stack: Stack) -> Tensor | None:
@@ -181,7 +185,7 @@ def _prox_limits(weight: LocalWeight, t: Tensor | float, before: Tensor | None =
     cells' peaks give one that is close. Once many elements stand near the limit, that of the step before tells where to
     look.
     """
-    t = torch.as_tensor(t, dtype=torch.float64, device=weight.tensor.device)
+    t = weight.per_group(t).double()
     blocks = weight.blocks()
     warm = before is not None and before.is_cpu and not weight.spread
     many = crowded(blocks, before) if warm else [False] * len(blocks)
@@ -190,9 +194,9 @@ def _prox_limits(weight: LocalWeight, t: Tensor | float, before: Tensor | None =
     starts = []
     for b, (block, peaks) in enumerate(zip(blocks, cells.split_peaks(), strict=True)):
         if many[b]:
-            starts.append(_limit_of_many(block, weight.split(before)[b], t.item()))
+            starts.append(_limit_of_many(block, weight.split(before)[b], weight.split(t)[b].item()))
         else:
-            starts.append(_sorted_solution(_few_of(peaks), t).to(block.dtype))
+            starts.append(_sorted_solution(_few_of(peaks), weight.split(t)[b]).to(block.dtype))
     limits = yield from weight.maximum(torch.cat(starts))
     picked = cells.pick(limits, above=True)
     magnitudes, groups = picked.above(blocks, limits)
@@ -220,7 +224,7 @@ def _newton_step(limit: Tensor, found: Tensor, t: Tensor) -> Tensor:
     """Step from limits below the solution to the next, by the sums and counts above them, `(groups, 2)`."""
     sums, counts = found.unbind(dim=1)
     step = torch.where(sums == 0, limit, limit + (sums - t) / counts.clamp_min(1))
-    return step.clamp_min(0).to(limit.dtype)
+    return step.to(limit.dtype).maximum(limit)  # but for rounding, it is
 
 
 @np.errstate(invalid="ignore")  # infinite elements make NaN of the limit, which is reported
@@ -265,37 +269,37 @@ def _sorted_solution(magnitudes: Tensor, t: Tensor) -> Tensor:
     else:
         ordered = magnitudes.double().sort(dim=1, descending=True).values
     counts = torch.arange(1, ordered.shape[1] + 1, device=ordered.device)
-    return ((ordered.cumsum(dim=1) - t) / counts).amax(dim=1).clamp_min(0)
+    return ((ordered.cumsum(dim=1) - t[:, None]) / counts).amax(dim=1).clamp_min(0)
 
 
 def _clamped(weight: Tensor, grain: Grain, limits: Callable[[LocalWeight], Routine[Limits]]) -> Tensor:
     local, result = LocalWeight(weight, grain), weight.detach().clone()
     with torch.no_grad():
         (found,) = run([limits(local)])
-        local.update(result, partial(_clamp, limits=found, groups=local.split))
+        local.update(result, partial(_clamp, weight=local, limits=found))
     return result
 
 
-def _clamp(
-    blocks: Sequence[Tensor], limits: Limits, groups: Callable[[Tensor], list[Tensor]], share: Tensor | float = 1.0
-) -> None:
+def _clamp(blocks: Sequence[Tensor], weight: LocalWeight, limits: Limits, share: Tensor | float | None = None) -> None:
+    """Go a share of the way to the limits, or all of it; the cells picked go all of it."""
     level, picked = limits
     for batch in picked.cells:
         bound = level.numpy()[batch.groups, None]
         batch.write(blocks, np.clip(batch.of(blocks), -bound, bound))
+    levels = weight.split(level)
+    shares = None if share is None else weight.split(weight.per_group(share).to(level.dtype))
     for b in picked.whole:
-        _clamp_all(blocks[b], groups(level)[b], share)
+        _clamp_whole(blocks[b], levels[b], shares and shares[b])
 
 
-def _clamp_all(block: Tensor, level: Tensor, share: Tensor | float) -> None:
-    whole = isinstance(share, float) and share == 1
-    if block.is_cpu and len(block) == 1 and whole:
+def _clamp_whole(block: Tensor, level: Tensor, share: Tensor | None) -> None:
+    if block.is_cpu and len(block) == 1 and share is None:
         block.clamp_(-level.item(), level.item())
         return
     for band, (piece,) in pieces(block):
         bound = level[band, None]
         # minimum and maximum broadcast fast, clamp with tensor bounds does not
-        if whole:
+        if share is None:
             torch.maximum(torch.minimum(piece, bound, out=piece), -bound, out=piece)
         else:
-            piece.lerp_(torch.maximum(torch.minimum(piece, bound), -bound), share)
+            piece.lerp_(torch.maximum(torch.minimum(piece, bound), -bound), share[band, None])

@@ -160,6 +160,13 @@ class LocalWeight:
         views = self.blocks()
         return [values] if len(views) == 1 else list(values.split([len(block) for block in views]))
 
+    def per_group(self, value: Tensor | float) -> Tensor:
+        """Expand a number, a scalar or one value per group held here to the latter, `(groups,)`."""
+        groups = sum(map(len, self.blocks()))
+        if isinstance(value, Tensor):
+            return value.to(self.tensor.device).expand(groups)
+        return torch.full((groups,), value, dtype=torch.float64, device=self.tensor.device)
+
     def group_elements(self) -> Tensor | int:
         """Elements of each group as a whole, `(groups,)`; a number if all have as many."""
         if len(set(self.elements)) == 1:

@@ -7,12 +7,13 @@ is done on few elements of each is done once for all.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hf_r2.grain import DEVICE_PIECE, Grain
-from hf_r2.sharding import LocalWeight
+from hf_r2.sharding import LocalWeight, Routine
 
 
 class BesideEachOther(LocalWeight):
@@ -27,6 +28,15 @@ class BesideEachOther(LocalWeight):
         self.tensor = parts[0].tensor
         self.elements = [elements for part in parts for elements in part.elements]
         self._views = [block for part in parts for block in part.blocks()]
+        self.groups = [sum(map(len, part.blocks())) for part in parts]
+
+    def over_groups(self, values: Tensor) -> Routine[Tensor]:
+        """Add up one value per group, for each of the weights: `(weights,)`."""
+        yield from ()
+        if len(values) == len(self.parts):
+            return values
+        sums = np.add.reduceat(values.double().numpy(), np.cumsum([0, *self.groups[:-1]]))
+        return torch.from_numpy(sums).to(values)
 
     def update_each(self, targets: Sequence[Tensor], change: Callable[[list[Tensor]], None]) -> None:
         """Let `change` write to the blocks of tensors of the weights' layouts, in place."""
@@ -42,7 +52,7 @@ class Stack(NamedTuple):
     Args:
         members: their positions among all weights.
         weight: all of them as one: on an accelerator, a copy with their groups one after the other.
-        strength: of each of them: a number, or of a single one a scalar tensor.
+        strength: of each of them: a number, of a single one a scalar tensor, or one per weight, `(weights,)`.
     """
 
     members: list[int]
@@ -65,15 +75,21 @@ class Stack(NamedTuple):
     def cut(self, values: Tensor) -> list[Tensor]:
         """Cut one value per group to those of each member."""
         if isinstance(self.weight, BesideEachOther):
-            return list(values.split([sum(map(len, part.blocks())) for part in self.weight.parts]))
+            return list(values.split(self.weight.groups))
         return list(values.chunk(len(self.members)))
+
+    def per_group(self, values: Tensor | float) -> Tensor | float:
+        """Repeat values, one per member, for all groups of theirs; leave a single one as it is."""
+        if not isinstance(values, Tensor) or values.dim() == 0:
+            return values
+        return values.repeat_interleave(torch.tensor(self.weight.groups))
 
 
 def stack_alike(weights: Sequence[Tensor], grain: Grain, strengths: Sequence[Tensor | float]) -> list[Stack]:
     """Put weights of one dtype, device and strength together, up to `DEVICE_PIECE` elements.
 
-    On an accelerator they are of one shape, too. On a CPU, those whose blocks are copies stay alone; and everywhere,
-    those that are cut over processes.
+    On an accelerator they are of one shape, too, and those whose strengths are tensors stay alone. On a CPU, those do
+    whose blocks are copies; and everywhere, those that are cut over processes.
 
     Args:
         weights: output channels first.
@@ -83,23 +99,26 @@ def stack_alike(weights: Sequence[Tensor], grain: Grain, strengths: Sequence[Ten
     held = [LocalWeight(weight, grain) for weight in weights]
     alike: dict[object, list[int]] = {}
     for index, (weight, local, strength) in enumerate(zip(weights, held, strengths, strict=True)):
-        plain = isinstance(strength, float) and not isinstance(weight, DTensor)
-        key = _likeness(weight, local) if plain else None
-        alike.setdefault(index if key is None else (key, strength), []).append(index)
+        key = None if isinstance(weight, DTensor) else _likeness(weight, local, strength)
+        alike.setdefault(index if key is None else key, []).append(index)
     stacks = []
     for members in alike.values():
         for some in _portions(members, weights):
             together = _together([weights[index] for index in some], [held[index] for index in some])
-            stacks.append(Stack(some, together, strengths[some[0]]))
+            strength = strengths[some[0]]
+            if isinstance(strength, Tensor) and len(some) > 1:
+                strength = torch.stack([strengths[index] for index in some]).to(together.tensor.device)
+            stacks.append(Stack(some, together, strength))
     return stacks
 
 
-def _likeness(weight: Tensor, local: LocalWeight) -> object | None:
+def _likeness(weight: Tensor, local: LocalWeight, strength: Tensor | float) -> object | None:
     """Return what weights share that are worked on as one; None for one that stays alone."""
     if _on_cpu(weight):
-        return weight.dtype if local.in_place else None
+        return (weight.dtype, strength if isinstance(strength, float) else None) if local.in_place else None
     # A second block, the short last groups of all channels, would come between the members
-    return (weight.shape, weight.dtype, weight.device) if len(local.elements) == 1 else None
+    alike = isinstance(strength, float) and len(local.elements) == 1
+    return (weight.shape, weight.dtype, weight.device, strength) if alike else None
 
 
 def _portions(members: Sequence[int], weights: Sequence[Tensor]) -> list[list[int]]:

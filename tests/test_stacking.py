@@ -18,7 +18,7 @@ def as_on_an_accelerator(monkeypatch):
 
 @pytest.fixture
 def each_alone(monkeypatch):
-    monkeypatch.setattr(stacking, "_likeness", lambda weight, local: None)
+    monkeypatch.setattr(stacking, "_likeness", lambda weight, local, strength: None)
 
 
 @pytest.fixture
@@ -109,11 +109,31 @@ def test_a_stack_holds_no_more_than_a_piece(request, monkeypatch, place):
 
 
 @together
-def test_strengths_that_are_tensors_and_uneven_groups_are_not_stacked(request, place):
+def test_uneven_groups_are_not_stacked(request, place):
     request.getfixturevalue(place)
-    weights = [torch.randn(8, 12) for _ in range(3)]
-    assert members(weights, "channel", list(torch.ones(3))) == [[0], [1], [2]]
-    assert members(weights, 5) == [[0], [1], [2]]
+    assert members([torch.randn(8, 12) for _ in range(3)], 5) == [[0], [1], [2]]
+
+
+def test_strengths_that_are_tensors_are_stacked_on_a_cpu_alone(monkeypatch):
+    weights, strengths = [torch.randn(8, 12) for _ in range(3)], list(torch.linspace(1, 2, 3))
+    assert members(weights, "channel", strengths) == [[0, 1, 2]]
+    monkeypatch.setattr(stacking, "_on_cpu", lambda weight: False)
+    assert members(weights, "channel", strengths) == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize("kind", ["clip", "prox"])
+def test_stacked_weights_are_projected_with_strengths_of_their_own(request, model, kind, grain):
+    expected, strengths = copy.deepcopy(model), torch.linspace(0.02, 0.5, 7)
+    projection = RangeProjection(model, kind, grain)
+    for _ in range(2):
+        projection.step(strengths)
+    request.getfixturevalue("each_alone")
+    projection = RangeProjection(expected, kind, grain)
+    for _ in range(2):
+        projection.step(strengths)
+    for actual, parameter in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(actual, parameter)
 
 
 def test_on_a_cpu_weights_of_any_shape_are_stacked_unless_they_would_be_copied():

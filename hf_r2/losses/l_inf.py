@@ -62,7 +62,7 @@ def find_largest(weight: LocalWeight, level: Tensor | None = None) -> Routine[tu
     counts = yield from weight.total(counts)
 
     def add_gradient(grads: Sequence[Tensor], scale: Tensor | float) -> None:
-        shares = scale / counts.clamp_min(1)
+        shares = weight.per_group(scale).to(counts.dtype) / counts.clamp_min(1)
         for batch in picked.cells:
             values, at = batch.of(blocks), batch.groups[:, None]
             largest = np.abs(values) == wanted.numpy()[at]

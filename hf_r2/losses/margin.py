@@ -70,16 +70,18 @@ def _all(weight: LocalWeight, level: Tensor) -> Routine[tuple[Tensor, Tensor, Ad
     sums, counts = found.to(blocks[0].dtype).unbind(dim=1)
 
     def add_gradient(grads: Sequence[Tensor], scale: Tensor | float) -> None:
+        scales = weight.per_group(scale).to(level.dtype)
         for batch in picked.cells:
-            signs = _signs_outside(torch.from_numpy(batch.of(blocks)), level[torch.from_numpy(batch.groups)])
-            batch.add(grads, signs.mul_(scale).numpy())
+            at = torch.from_numpy(batch.groups)
+            signs = _signs_outside(torch.from_numpy(batch.of(blocks)), level[at])
+            batch.add(grads, signs.mul_(scales[at, None]).numpy())
         for b in picked.whole:
-            grad, block, limit = grads[b], blocks[b], weight.split(level)[b]
+            grad, block, limit, factor = grads[b], blocks[b], weight.split(level)[b], weight.split(scales)[b]
             if block.is_cpu and len(block) == 1:
-                _add_signs_of_one(grad.view(-1), block.view(-1), limit.item(), float(scale))
+                _add_signs_of_one(grad.view(-1), block.view(-1), limit.item(), factor.item())
             else:
                 for band, (piece, target) in pieces(block, grad):
-                    target.add_(_signs_outside(piece, limit[band]).mul_(scale))
+                    target.add_(_signs_outside(piece, limit[band]).mul_(factor[band, None]))
 
     return sums, counts, add_gradient
 

@@ -119,8 +119,10 @@ class RangeLoss(nn.Module):
         self._measured = measure_all(self._routine(), self._stacks, self._learned())
         value = add_up(self._measured, self._stacks).float()
         if value.is_cpu and not value.isfinite():
-            alone = [Stack([i], LocalWeight(weight, self.grain), 1.0) for i, weight in enumerate(self._weights())]
-            require_finite(self.selection, [one.value for one in measure_all(self._routine(), alone, self._learned())])
+            found = {}
+            for stack, measured in zip(self._stacks, self._measured, strict=True):
+                found |= zip(stack.members, measured.value.expand(len(stack.members)), strict=True)
+            require_finite(self.selection, [found[index] for index in range(len(self.selection))])
         return value
 
     @torch.no_grad()
@@ -135,14 +137,15 @@ class RangeLoss(nn.Module):
         """
         names = list(self.selection)
         for stack, measured in zip(self._stacks, self._measured, strict=True):
-            strength = stack.strength * grad_scale
+            strength = stack.strength
             if isinstance(strength, Tensor):
                 strength = strength.to(stack.weight.tensor.device)
-            add = partial(measured.add_gradient, scale=strength)
+            add = partial(measured.add_gradient, scale=stack.per_group(strength * grad_scale))
             _add_gradients([self.selection[names[index]] for index in stack.members], stack, add)
             if measured.learned is not None:
-                for index, values in zip(stack.members, stack.cut(measured.learned), strict=True):
-                    _add(self.learnable[_key(names[index])], values * stack.strength)
+                found = measured.learned * stack.per_group(strength)
+                for index, values in zip(stack.members, stack.cut(found), strict=True):
+                    _add(self.learnable[_key(names[index])], values)
         self._stacks, self._measured = [], []
 
     @torch.no_grad()

@@ -66,7 +66,8 @@ def _measure(compiled: bool, weight: LocalWeight, temperatures: Tensor) -> Routi
 
     def add_gradient(grads: Sequence[Tensor], scale: Tensor | float) -> None:
         add = _kernel(_add_gradient, compiled)
-        coefficients = torch.cat([end.coefficients(rates, scale) for end in (high, low)], dim=1).to(size.dtype)
+        coefficients = torch.cat([end.coefficients(rates) for end in (high, low)], dim=1)
+        coefficients = (coefficients * weight.per_group(scale)[:, None]).to(size.dtype)
         of_blocks = map(weight.split, (rates, bounds, coefficients))
         for block, grad, rate, bound, c in zip(weight.blocks(), grads, *of_blocks, strict=True):
             once = _once(rate, bound)
@@ -109,9 +110,9 @@ class _SoftEnd(NamedTuple):
         total, first, second = sums.unbind(dim=1)
         return cls(total, first / total, (second / total - (first / total).square()).clamp_min(0))
 
-    def coefficients(self, rate: Tensor, scale: Tensor | float) -> Tensor:
+    def coefficients(self, rate: Tensor) -> Tensor:
         """`p · [1 + a(U − s_max)]` and its counterpart are `e · (c0 − c1 · d)`: c0 and c1, `(groups, 2)`."""
-        return torch.stack([(1 + rate * self.distance) / self.total, rate / self.total], dim=1) * scale
+        return torch.stack([(1 + rate * self.distance) / self.total, rate / self.total], dim=1)
 
 
 def _rate(temperature: Tensor, size: Tensor) -> Tensor:

@@ -60,9 +60,12 @@ def _measure(fraction: float, weight: LocalWeight) -> Routine[Measured]:
     value = yield from weight.over_groups(torch.cat(values))
 
     def add_gradient(grads: list[Tensor], scale: Tensor | float) -> None:
-        for block, grad, (_, positions), share in zip(weight.blocks(), grads, tails, shares, strict=True):
-            share = share[:, : positions.shape[1]]
-            grad.scatter_add_(1, positions, block.gather(1, positions).sign() * share * scale)
+        scales = weight.split(weight.per_group(scale))
+        for block, grad, (_, positions), share, factor in zip(
+            weight.blocks(), grads, tails, shares, scales, strict=True
+        ):
+            share = share[:, : positions.shape[1]] * factor[:, None].to(share.dtype)
+            grad.scatter_add_(1, positions, block.gather(1, positions).sign() * share)
 
     return Measured(value, add_gradient)
 

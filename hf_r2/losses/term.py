@@ -19,13 +19,14 @@ from hf_r2.sharding import Routine, run
 from hf_r2.stacking import Stack, stack_alike
 
 AddGradient = Callable[[Sequence[Tensor], Tensor | float], None]
+"""`add_gradient(blocks, scale)` with a number, a scalar or one scale per group."""
 
 
 class Measured(NamedTuple):
     """What a range loss found out about one weight.
 
     Args:
-        value: the loss of the whole weight, a scalar.
+        value: the loss of the whole weight, a scalar; of weights beside each other, `(weights,)`.
         add_gradient: `add_gradient(blocks, scale)` adds scale × gradient to the weight's blocks held here, in place.
         learned: gradient of the learnable values, one per group of the whole weight.
     """
@@ -78,11 +79,8 @@ def measure_all(measure: Measure, stacks: Sequence[Stack], learned: Sequence[Ten
 
 def add_up(measured: Sequence[Measured], stacks: Sequence[Stack]) -> Tensor:
     """Sum of strength × value, on the device of the first."""
-    values = [one.value.to(measured[0].value.device) for one in measured]
-    strengths = [stack.strength for stack in stacks]
-    if all(isinstance(strength, float) for strength in strengths) and len(set(strengths)) == 1:
-        return torch.stack(values).sum() * strengths[0]
-    return sum(value * strength for value, strength in zip(values, strengths, strict=True))
+    sums = [(one.value * stack.strength).sum() for one, stack in zip(measured, stacks, strict=True)]
+    return sums[0] if len(sums) == 1 else torch.stack([each.to(sums[0].device) for each in sums]).sum()
 
 
 class _RangeTerm(torch.autograd.Function):
@@ -107,10 +105,11 @@ class _RangeTerm(torch.autograd.Function):
             strength = (stack.strength * scale).to(weights[stack.members[0]].device)
             if any(ctx.needs_input_grad[4 + index] for index in stack.members):
                 targets = [torch.zeros_like(weights[index]) for index in stack.members]
-                stack.update(targets, partial(measured.add_gradient, scale=strength))
+                stack.update(targets, partial(measured.add_gradient, scale=stack.per_group(strength)))
                 for index, target in zip(stack.members, targets, strict=True):
                     gradients[index] = target
             if learned:
-                for index, values in zip(stack.members, stack.cut(measured.learned), strict=True):
-                    learned[index] = values * strength.to(values.device)
+                found = measured.learned * stack.per_group(strength)
+                for index, values in zip(stack.members, stack.cut(found), strict=True):
+                    learned[index] = values
         return None, None, None, None, *gradients, *learned
