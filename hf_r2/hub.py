@@ -44,7 +44,7 @@ def push(
 
     Args:
         directory: checkpoint, compressed or float.
-        repo_id: `"user/name"`.
+        repo_id: `"user/name"`, or `"name"` for a repository of one's own.
         private: the repository must be private; one that is created is, and a public one is left alone.
         create_pr: open a pull request on an existing repository instead of committing to it.
         revision: branch to commit to, or that the pull request is for; a missing one begins at `main`.
@@ -70,7 +70,7 @@ def push(
     if float_revision is not None and create_pr:
         raise ValueError("a pull request has one branch: push the float revision without one")
     api = HfApi(token=token)
-    _require_repository(api, repo_id, private, create_pr)
+    repo_id = _require_repository(api, repo_id, private, create_pr)
     if float_revision is not None:
         _push_float_copy(api, directory, repo_id, float_revision, message)
     if compressed:
@@ -118,25 +118,29 @@ def published_files(directory: Path) -> dict[str, Path]:
         ValueError: if they are no checkpoint of transformers in safetensors files.
     """
     files = [*directory.glob("*"), *directory.glob(f"{RESULTS_FOLDER}/*")]
-    found = {
-        path.relative_to(directory).as_posix(): path
-        for path in sorted(files)
-        if path.is_file() and path.suffix in PUBLISHED and not path.name.startswith(".")
-    }
-    if "config.json" not in found or not any(name.endswith(".safetensors") for name in found):
+    found = {path.relative_to(directory).as_posix(): path for path in sorted(files) if _is_published(path)}
+    configured = "config.json" in found or "adapter_config.json" in found
+    if not configured or not any(name.endswith(".safetensors") for name in found):
         raise ValueError(f"{directory} holds no config.json with safetensors weights: name a saved checkpoint")
     return found
 
 
-def _require_repository(api: HfApi, repo_id: str, private: bool, create_pr: bool) -> None:
-    """Create the repository unless it is there, and look at its privacy, which creating does not change."""
+def _is_published(path: Path) -> bool:
+    """Tell whether a file is published; of safetensors files, those of a model: training leaves others to resume."""
+    of_training = path.suffix == ".safetensors" and "model" not in path.name
+    return path.is_file() and path.suffix in PUBLISHED and not path.name.startswith(".") and not of_training
+
+
+def _require_repository(api: HfApi, repo_id: str, private: bool, create_pr: bool) -> str:
+    """Create the repository unless it is there; look at its privacy, which creating again does not change."""
     if not create_pr:
-        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
     if private and not api.model_info(repo_id).private:
         raise ValueError(
             f"{repo_id} exists and is public, nothing was uploaded: make it private in its settings, or push without "
             "asking for a private repository"
         )
+    return repo_id
 
 
 def _push_float_copy(api: HfApi, directory: Path, repo_id: str, revision: str, message: str) -> None:
@@ -230,14 +234,16 @@ def _find_commit(
 
 def _holds(info: ModelInfo, operations: Sequence[_Operation]) -> bool:
     """Compare the files of a revision with what a push wrote: by SHA-256 in LFS, else by git's hash."""
-    there = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings or []}
+    there = {file.rfilename: file for file in info.siblings or []}
     for operation in operations:
-        digest = there.get(operation.path_in_repo)
-        if isinstance(operation, CommitOperationDelete):
-            wanted = (None,)
+        file = there.get(operation.path_in_repo)
+        if isinstance(operation, CommitOperationDelete) or file is None:
+            same = isinstance(operation, CommitOperationDelete) and file is None
+        elif file.lfs:
+            same = file.lfs.sha256 == operation.upload_info.sha256.hex()
         else:
-            wanted = (operation.upload_info.sha256.hex(), _git_hash(Path(operation.path_or_fileobj)))
-        if digest not in wanted:
+            same = file.blob_id == _git_hash(Path(operation.path_or_fileobj))
+        if not same:
             return False
     return True
 

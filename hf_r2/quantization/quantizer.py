@@ -24,7 +24,7 @@ from hf_r2.quantization.config import R2QuantizationConfig
 from hf_r2.quantization.hf_quantizer import compress
 from hf_r2.quantization.quanto import check_quanto, quantize_by_quanto, save_by_quanto
 from hf_r2.refine import REFINEMENTS, Refinement, refine_floats
-from hf_r2.report.manifest import Manifest
+from hf_r2.report.manifest import MANIFEST_NAME, Manifest
 from hf_r2.report.statistics import moments, weight_statistics
 from hf_r2.selection import output_first, select_weights
 
@@ -106,7 +106,7 @@ class R2Quantizer(OptimumQuantizer):
             observe_inputs(model, batches)
         refinement.correct(model)
 
-        manifest = Manifest.load(self.source) if os.path.isdir(self.source) else Manifest()
+        manifest = _manifest(self.source)
         with atomic_directory(save_dir) as scratch:
             model.save_pretrained(scratch)
             for preprocessor in maybe_load_preprocessors(self.source):
@@ -242,6 +242,16 @@ class FloatWeights:
 def _base_model(source: str) -> str:
     """Name the float checkpoint: a Hub name as it is, a local one by its folder."""
     return Path(source).name if os.path.isdir(source) else source
+
+
+def _manifest(source: str) -> Manifest:
+    """Read the manifest of the float checkpoint; empty if it has none, or the Hub has another file of that name."""
+    if os.path.isdir(source):
+        return Manifest.load(source)
+    try:
+        return Manifest.load(Path(hf_hub_download(source, MANIFEST_NAME)).parent)
+    except (OSError, ValueError, HTTPError):
+        return Manifest()
 
 
 def _license(source: str) -> str | None:

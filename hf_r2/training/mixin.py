@@ -22,6 +22,7 @@ from hf_r2.training.arguments import R2TrainingArguments
 from hf_r2.training.backends import differentiable_loss, require_supported
 from hf_r2.training.compression import TrainedCompression
 from hf_r2.training.distillation import Distillation, scores_next_token
+from hf_r2.training.publishing import PublishingMixin
 from hf_r2.training.strength import CrestTarget, GradientRatioTarget
 from hf_r2.training.teacher import START, copy_of, find_teacher, fingerprint, place
 
@@ -49,7 +50,7 @@ class _R2Callback(TrainerCallback):
         self.trainer.final_weights = self.trainer.weight_summary()
 
 
-class R2Mixin:
+class R2Mixin(PublishingMixin):
     """Restricts the range of weights in any Trainer: `class R2SFTTrainer(R2Mixin, SFTTrainer)`.
 
     `r2_mode="loss"` adds `strength × range loss` to the loss; `"prox"` and `"clip"` pull the weights back after each
@@ -102,6 +103,7 @@ class R2Mixin:
                 f"{type(self).__name__} needs R2TrainingArguments, got {type(self.args).__name__}: pass "
                 "args=R2TrainingArguments(output_dir), or a subclass of both"
             )
+        self.require_publishable()
         if self.args.r2_aware is not None and quantization_config is None:
             raise ValueError(f"r2_aware={self.args.r2_aware!r} needs a quantization_config that says how to compress")
         if quantization_config is not None:

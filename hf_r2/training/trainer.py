@@ -30,16 +30,33 @@ class R2Trainer(R2Mixin, Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model; the user's own call (not a checkpoint in training) also writes the manifest."""
-        super().save_model(output_dir, _internal_call)
-        if not _internal_call and self.args.should_save:
-            manifest = Manifest()
-            manifest.add("train", **self.training_facts())
-            directory = output_dir or self.args.output_dir
-            if self.compression is not None and self.compression.facts:
-                facts = dict(self.compression.facts)
-                sizes = {"float": facts.pop("float_bytes"), "compressed": weight_file_bytes(directory)}
-                manifest.add("quantize", base_model=self._base_model(), bytes=sizes, **facts)
-            manifest.save(directory)
+        super().save_model(output_dir, _internal_call=True)
+        if _internal_call:
+            return
+        self._write_manifest(output_dir or self.args.output_dir)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save")
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the manifest and, from it, the card."""
+        self._write_manifest(self.args.output_dir)
+        super().create_model_card(*args, **kwargs)
+
+    def _write_manifest(self, directory: str) -> None:
+        """Write the manifest of the model saved there; figures measured on these very weights since are kept."""
+        if not self.args.should_save:
+            return
+        manifest = Manifest()
+        manifest.add("train", **self.training_facts())
+        if self.compression is not None and self.compression.facts:
+            facts = dict(self.compression.facts)
+            sizes = {"float": facts.pop("float_bytes"), "compressed": weight_file_bytes(directory)}
+            facts["quantization_config"] = self.model.hf_quantizer.quantization_config.to_dict()  # now with digests
+            earlier = Manifest.load(directory).last("quantize").get("quantization_config", {})
+            if earlier.get("sha256") == facts["quantization_config"]["sha256"]:
+                return
+            manifest.add("quantize", base_model=self._base_model(), bytes=sizes, **facts)
+        manifest.save(directory)
 
     def _base_model(self) -> str:
         """Name what the compressed model was made from, without a path of this machine."""

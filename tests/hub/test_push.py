@@ -66,7 +66,7 @@ def test_a_second_push_sends_what_changed(api, hub, checkpoint):
 
 
 def test_nothing_that_may_hold_a_pickle_leaves_home(api, checkpoint):
-    for name in ("training_args.bin", "optimizer.pt", "notes.pkl", "events.out.tfevents", ".secret.json"):
+    for name in ("training_args.bin", "optimizer.pt", "r2_state.safetensors", "notes.pkl", "events.out", ".a.json"):
         (checkpoint / name).write_bytes(b"private")
     (checkpoint / "checkpoint-5").mkdir()
     (checkpoint / "checkpoint-5" / "scheduler.pt").write_bytes(b"private")
