@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,12 @@ def eval_result_entries(manifest: Manifest) -> list[EvalResultEntry]:
     ]
 
 
+def average_bits(bits: Mapping[str, float], weights: Sequence[Mapping[str, Any]]) -> float:
+    """Average bits per element over all compressed weights, from the bits of each by name and the manifest's shapes."""
+    elements = {weight["name"]: math.prod(weight["shape"]) for weight in weights}
+    return sum(bits[name] * count for name, count in elements.items()) / sum(elements.values())
+
+
 def published_row(evaluate: dict[str, Any]) -> dict[str, Any]:
     """Return the result row that a card publishes; empty if the stage has none."""
     return next((row for row in evaluate.get("rows", []) if row.get("published")), {})
@@ -140,8 +147,6 @@ def _card_facts(manifest: Manifest) -> dict[str, Any]:
     rows = evaluate.get("rows", [])
     published = published_row(evaluate)
     weights = quantize["weights"]
-    elements = [math.prod(weight["shape"]) for weight in weights]
-    bits = sum(w["bits_per_weight"] * n for w, n in zip(weights, elements, strict=True)) / sum(elements)
     return {
         "name": evaluate.get("name") or f"{quantize['base_model']}-{config['bits']}bit{_over(config, '-over-')}",
         "base_model": quantize["base_model"],
@@ -165,7 +170,7 @@ def _card_facts(manifest: Manifest) -> dict[str, Any]:
         "picture": evaluate.get("picture"),
         "bytes": quantize["bytes"],
         "ratio": quantize["bytes"]["float"] / quantize["bytes"]["compressed"],
-        "bits_per_weight": bits,
+        "bits_per_weight": average_bits({weight["name"]: weight["bits_per_weight"] for weight in weights}, weights),
         "weight_table": _weight_table(weights),
         "weight_count": len(weights),
         "seed": train.get("seed"),

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from hf_r2.evaluation import LabelledData, evaluate_checkpoint
 from hf_r2.files import weight_file_bytes
 from hf_r2.quantization.quantizer import architecture_class
-from hf_r2.report.card import CARD_NAME, published_row
+from hf_r2.report.card import CARD_NAME, average_bits, published_row
 from hf_r2.report.manifest import Manifest
 
 PASS, FAIL, NOT_CHECKED = "pass", "fail", "not checked"
@@ -64,9 +64,20 @@ def verify_checkpoint(
         One check a claim. What could not be measured is among them, as not checked, with the reason.
 
     Raises:
-        ValueError: if there is no manifest of a compressed checkpoint.
+        ValueError: if there is no whole manifest of a compressed checkpoint.
     """
-    manifest = Manifest.load(directory)
+    try:
+        return _all_checks(directory, Manifest.load(directory), data, float_source)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the manifest of {directory} is incomplete or was changed by hand ({error!r})") from error
+
+
+def _all_checks(
+    directory: str | os.PathLike[str],
+    manifest: Manifest,
+    data: str | None,
+    float_source: str | os.PathLike[str] | None,
+) -> list[Check]:
     quantize, evaluate = manifest.last("quantize"), manifest.last("evaluate")
     if not quantize:
         raise ValueError(
@@ -115,7 +126,7 @@ def _check_weights(directory: str | os.PathLike[str], quantize: Mapping[str, Any
     if facts.keys() != encoded.keys():
         yield Check("bits per weight", None, None, FAIL, "other weights are compressed than the manifest says")
     else:
-        claimed, measured = (sum(bits[name] for name in facts) / len(facts) for bits in (facts, encoded))
+        claimed, measured = (average_bits(bits, quantize["weights"]) for bits in (facts, encoded))
         yield _compare("bits per weight", claimed, measured, 1e-6)
 
 

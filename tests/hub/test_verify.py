@@ -1,6 +1,7 @@
 """Checking a checkpoint against its manifest and card: on the Hub, in a directory, sound and damaged."""
 
 import json
+from contextlib import suppress
 
 import pytest
 from datasets import DatasetDict
@@ -174,6 +175,22 @@ def test_sizes_that_were_made_up_fail(evaluated, float_model):
     manifest.save(evaluated)
     checks = results(verify(evaluated, float_source=float_model))
     assert (checks["bytes"], checks["bits per weight"]) == ("fail", "fail")
+
+
+@pytest.mark.parametrize("stage", ["quantize", "evaluate"])
+def test_a_manifest_with_holes_is_one_clear_error(evaluated, stage):
+    whole = Manifest.load(evaluated)
+    for key in sorted(whole.last(stage).keys() - {"stage"}):
+        manifest = Manifest.load(evaluated)
+        del manifest.last(stage)[key]
+        manifest.save(evaluated)
+        with suppress(ValueError):
+            verify(evaluated)
+        whole.save(evaluated)
+    del whole.last("quantize")["bytes"]
+    whole.save(evaluated)
+    with pytest.raises(ValueError, match="incomplete or was changed by hand"):
+        verify(evaluated)
 
 
 # --- command line ---------------------------------------------------------------------------------------------------
