@@ -137,9 +137,11 @@ def evaluate(
     Example: hf-r2 evaluate me/text-model --data me/reviews --split validation --input text
     """
     from hf_r2.evaluation import evaluate_checkpoint
-    from hf_r2.report import record_figures
+    from hf_r2.report.results import record_figures, require_compressed
 
     with _clear_errors():
+        if record:
+            require_compressed(model)
         start = time.perf_counter()
         labelled = _labelled(model, data, split, inputs, label)
         figures = evaluate_checkpoint(model, labelled, float_model)

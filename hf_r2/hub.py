@@ -12,7 +12,7 @@ from huggingface_hub.hf_api import ModelInfo
 
 from hf_r2.quantization.float_copy import dequantize
 from hf_r2.report.card import CARD_NAME, RESULTS_FOLDER, build_card, render_card
-from hf_r2.report.manifest import Manifest
+from hf_r2.report.manifest import MANIFEST_NAME, Manifest
 from hf_r2.report.verification import Check, verify_checkpoint
 
 PUBLISHED = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md", ".png", ".yaml")
@@ -36,8 +36,8 @@ def push(
 ) -> CommitInfo:
     """Publish a checkpoint directory in one commit: weights, config, preprocessors, card, manifest and pictures.
 
-    The repository is created if it is missing. What it holds afterwards is the checkpoint: weights that an earlier push
-    left, and that this one does not have, are deleted in the same commit. Files that may hold a pickle stay home.
+    The repository is created if it is missing. Weights, results and a manifest that an earlier push left, and that this
+    one does not have, are deleted in the same commit. Files that may hold a pickle stay home.
 
     The manifest notes where a compressed checkpoint is published, and the card is rendered with it, so that its lines
     to load the model can be pasted; a card that was edited by hand is pushed as it is.
@@ -199,7 +199,8 @@ def _commit(
 
 def _is_replaced(name: str) -> bool:
     """Tell whether a push replaces a file of the repository even if it has none of that name."""
-    return ("/" not in name and name.endswith(_WEIGHTS)) or name.startswith(f"{RESULTS_FOLDER}/")
+    weights = "/" not in name and name.endswith(_WEIGHTS)
+    return weights or name == MANIFEST_NAME or name.startswith(f"{RESULTS_FOLDER}/")
 
 
 def _find_commit(

@@ -11,6 +11,18 @@ from hf_r2.report.card import render_card
 from hf_r2.report.manifest import Manifest
 
 
+def require_compressed(directory: str | os.PathLike[str]) -> Manifest:
+    """Return the manifest of a compressed checkpoint.
+
+    Raises:
+        ValueError: if the directory has none with a quantize stage.
+    """
+    manifest = Manifest.load(directory)
+    if not manifest.last("quantize"):
+        raise ValueError(f"{directory} has no manifest of a compressed checkpoint: make it with R2Quantizer.quantize")
+    return manifest
+
+
 def record_figures(
     directory: str | os.PathLike[str], data: LabelledData, figures: Mapping[str, Any], seconds: float
 ) -> None:
@@ -25,10 +37,8 @@ def record_figures(
     Raises:
         ValueError: if the directory has no manifest with a quantize stage.
     """
-    manifest = Manifest.load(directory)
+    manifest = require_compressed(directory)
     quantize = manifest.last("quantize")
-    if not quantize:
-        raise ValueError(f"{directory} has no manifest of a compressed checkpoint: make it with R2Quantizer.quantize")
     weights, sizes = quantize["weights"], quantize["bytes"]
     task = task_of(directory)
     row = {

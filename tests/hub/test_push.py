@@ -9,7 +9,9 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from hf_r2.evaluation import LabelledData
 from hf_r2.hub import push
+from hf_r2.report import record_figures
 
 NAME = "alice/digits-2bit"
 FILES = {"README.md", "config.json", "manifest.json", "model.safetensors", "preprocessor_config.json"}
@@ -87,6 +89,15 @@ def test_weights_of_an_earlier_push_do_not_stay_beside_new_ones(api, checkpoint,
     assert torch.equal(load(NAME, cache_dir=tmp_path / "cache")(pixels).logits, model(pixels).logits)
 
 
+def test_results_of_an_earlier_push_do_not_stay(api, checkpoint):
+    figures = {"accuracy": 0.5, "loss": 1.0, "examples": 10, "collapsed": False}
+    for data, there in (("org/shapes", {".eval_results/org--shapes.yaml"}), ("digits", set())):
+        record_figures(checkpoint, LabelledData(data), figures, seconds=1.0)
+        push(checkpoint, NAME)
+        names = {file.rfilename for file in api.model_info(NAME).siblings}
+        assert names == {*FILES, ".gitattributes", *there}
+
+
 # --- revisions ------------------------------------------------------------------------------------------------------
 
 
@@ -108,7 +119,10 @@ def test_tags_commits_and_pull_requests_lead_to_their_weights(api, checkpoint, p
 
 @torch.no_grad()
 def test_the_float_revision_loads_without_hf_r2(api, fresh_process, checkpoint, pixels, tmp_path):
+    push(checkpoint, NAME)
     push(checkpoint, NAME, float_revision="float")
+    names = {file.rfilename for file in api.model_info(NAME, revision="float").siblings}
+    assert names == {*FILES, ".gitattributes"} - {"manifest.json"}
     assert f'from_pretrained("{NAME}", revision="float")' in ModelCard.load(NAME).text
     program = (
         "import sys, torch; from transformers import AutoModelForImageClassification as Auto; "
