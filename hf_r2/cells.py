@@ -4,6 +4,7 @@ One pass over the blocks finds the largest magnitude of every cell; only cells w
 Cells and groups are counted through the blocks, so that what is done between the passes is done once for all weights.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
@@ -38,6 +39,15 @@ class PickedCells(NamedTuple):
         """Copy them from their blocks: `(cells, elements)`."""
         parts = [blocks[b].view(-1, self.size).index_select(0, index) for b, index in self.index.items()]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).numpy()
+
+    def only(self, mask: np.ndarray) -> "PickedCells":
+        """Pick single elements of them, cells of size 1, by a mask `(cells, elements)`."""
+        cell, column = mask.nonzero()
+        counts = [len(index) for index in self.index.values()]
+        owners = np.split(cell, np.searchsorted(cell, np.cumsum(counts[:-1])))
+        places = torch.cat(list(self.index.values())).numpy()[cell] * self.size + column
+        parts = torch.from_numpy(places).split([len(owner) for owner in owners])
+        return PickedCells(1, dict(zip(self.index, parts, strict=True)), self.groups[cell])
 
     def write(self, blocks: Sequence[Tensor], cells: np.ndarray) -> None:
         """Copy them to blocks."""
@@ -81,6 +91,7 @@ class Cells:
 
     Attributes:
         peaks: largest magnitude of each cell, `(cells,)`; infinity in crowded blocks.
+        ends: of each group, the number of cells up to its last one.
     """
 
     def __init__(self, blocks: Sequence[Tensor], crowded: Sequence[bool] | None = None) -> None:
@@ -89,6 +100,7 @@ class Cells:
         self.per_group = [max(1, block.shape[1] // size) for block, size in zip(blocks, self.sizes, strict=True)]
         self.groups = [len(block) for block in blocks]
         self.counts = [groups * cells for groups, cells in zip(self.groups, self.per_group, strict=True)]
+        self.ends = np.cumsum(np.repeat(self.per_group, self.groups))
         self.peaks, low = blocks[0].new_zeros(2, sum(self.counts)).unbind()
         ends = zip(self.peaks.split(self.counts), low.split(self.counts), strict=True)
         for index, (block, pair) in enumerate(zip(blocks, ends, strict=True)):
@@ -100,6 +112,8 @@ class Cells:
 
     def tops(self) -> Tensor:
         """Largest magnitude of each group, `(groups,)`."""
+        if self.peaks.is_cpu and len(self.peaks):
+            return torch.from_numpy(np.maximum.reduceat(self.peaks.numpy(), np.append(0, self.ends[:-1])))
         return torch.cat([part.amax(dim=1) for part in self.split_peaks()])
 
     def split_peaks(self) -> list[Tensor]:
@@ -114,13 +128,12 @@ class Cells:
         """
         if not self.peaks.is_cpu:
             return Picked([], list(range(len(self.blocks))))
-        cells_of = np.repeat(self.per_group, self.groups)
-        found, wanted = self.peaks.numpy(), np.repeat(level.numpy(), cells_of)
+        found, wanted = self.peaks.numpy(), np.repeat(level.numpy(), np.diff(self.ends, prepend=0))
         # Not `found > wanted`: a cell that holds NaN is picked too, so that what is computed from it tells
         index = (~(found <= wanted) if above else found == wanted).nonzero()[0]
         starts = np.cumsum([0, *self.counts])
         stops = np.searchsorted(index, starts)
-        groups = np.searchsorted(np.cumsum(cells_of), index, side="right")
+        groups = np.searchsorted(self.ends, index, side="right")
         picked = np.diff(stops)
         whole = [b for b, block in enumerate(self.blocks) if 4 * picked[b] > self.counts[b] or not block.numel()]
         batches = []
@@ -199,19 +212,19 @@ def crowded(blocks: Sequence[Tensor], level: Tensor) -> list[bool]:
     large = [b for b, block in enumerate(blocks) if len(block) == 1 and block.shape[1] >= 1 << 14]
     full = [False] * len(blocks)
     if large:
-        samples = [sample_cells(blocks[b], 16) for b in large]
+        samples = [sample_magnitudes(blocks[b], 8) for b in large]
         sizes = [len(sample) for sample in samples]
-        above = np.abs(torch.cat(samples).numpy()) > np.repeat(level.numpy()[groups[large]], sizes)
+        above = torch.cat(samples).numpy() > np.repeat(level.numpy()[groups[large]], sizes)
         counts = np.add.reduceat(above, np.cumsum([0, *sizes[:-1]]), dtype=np.int64)
         for b, count, size in zip(large, counts, sizes, strict=True):
             full[b] = bool(count * CELL > 0.5 * size)
     return full
 
 
-def sample_cells(block: Tensor, count: int) -> Tensor:
-    """Copy about so many cells from all over a block of one group: `(elements,)`. Single elements cost as much."""
+def sample_magnitudes(block: Tensor, count: int) -> Tensor:
+    """Take those in about so many cells all over a block of one group: `(elements,)`. Single elements cost as much."""
     cells = block.view(-1, cell_size(block.shape[1]))
-    return cells[:: max(1, len(cells) // count)].flatten()
+    return cells[:: max(1, len(cells) // count)].abs().flatten()
 
 
 def excess(block: Tensor, level: Tensor) -> Tensor:
@@ -227,10 +240,12 @@ def excess(block: Tensor, level: Tensor) -> Tensor:
 
 
 def _excess_of_one(group: Tensor, level: float) -> tuple[float, float]:
+    if not level < math.inf:  # of a broken weight
+        return math.nan, math.nan
     total, count = 0.0, 0.0
     buffer, split = cached_pieces(group)
     for piece in split:
-        above = torch.abs(piece, out=buffer[: len(piece)]).sub_(level).relu_()
+        above = torch._C._nn.softshrink(piece, level, out=buffer[: len(piece)]).abs_()
         total += above.sum().item()
         count += above.sign_().sum().item()
     return total, count

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_r2.cells import CELL, Cells, Picked, crowded, excess, sample_cells
+from hf_r2.cells import CELL, Cells, Picked, crowded, excess, sample_magnitudes
 from hf_r2.grain import Grain, parse_grain, pieces
 from hf_r2.moments import require_finite, rms
 from hf_r2.selection import current_weights, scaled, select_trainable
@@ -20,8 +20,11 @@ PROJECTIONS = ("prox", "clip")
 NEWTON_STEPS = 24
 """At most; weights take two to five."""
 
-SAMPLED_CELLS, SAMPLED_SHARE = 512, 32
-"""Cells of a weight that is sampled, at least, and the share of all of them, 1 / 32, if that is more."""
+SAMPLED_CELLS, SAMPLED_SHARE = 2048, 8
+"""Cells of a weight that is sampled, at least, and the share of all of them, 1 / 8, if that is more."""
+
+SAMPLE_STEPS = 3
+"""On the sample, from the limit of the step before."""
 
 
 class Limits(NamedTuple):
@@ -231,26 +234,31 @@ def _newton_step(limit: Tensor, found: Tensor, t: Tensor) -> Tensor:
 def _limit_of_many(block: Tensor, before: Tensor, t: float) -> Tensor:
     """Solve for τ where many elements of the only group stand above it, to 1e-5 of what stands out.
 
-    A sample solves for a start, and tells how many elements lie around it. So a step from the start is accurate to
-    second order, and one pass over all elements is mostly enough.
+    A sample solves for a start, and tells which elements a step from there crosses. So the step is accurate to second
+    order, and one pass over all elements is mostly enough.
     """
     cells = max(SAMPLED_CELLS, block.numel() // (CELL * SAMPLED_SHARE))
-    sample = np.abs(sample_cells(block, cells).numpy())
+    sample = sample_magnitudes(block, cells).numpy()
     ratio = block.numel() / sample.size
     limit = before.item()
-    for _ in range(3):
-        more, count = np.maximum(sample - limit, 0).sum().item(), np.count_nonzero(sample > limit)
-        limit = max(limit + (more - t / ratio) / max(count, 1), 0.0)
+    # Most elements are far below the limit, unless it falls that far
+    floor = 0.9 * limit
+    near = sample[~(sample <= floor)]
+    for _ in range(SAMPLE_STEPS):
+        above = near[near > limit]
+        limit += (above.sum(dtype=np.float64).item() - limit * above.size - t / ratio) / max(above.size, 1)
+        if not limit > floor:
+            near, floor, limit = sample, 0.0, max(limit, 0.0)
     for _ in range(NEWTON_STEPS):
         total, count = excess(block, before.new_full((1,), limit))[0].tolist()
         if count == 0:
             limit = 0.0
             continue
-        step, around = (total - t) / count, total / count / 4
-        limit += step
-        if abs(step) * count <= 0.005 * total:
-            density = ratio * np.count_nonzero(np.abs(sample - limit) < around) / (2 * around)
-            limit += density * step**2 / (2 * count)
+        start, limit = limit, limit + (total - t) / count
+        if abs(limit - start) * count <= 0.01 * total:
+            # The step took the count for constant: what it misses are the elements that it crosses
+            crossed = near[(near > min(start, limit)) & (near < max(start, limit))]
+            limit += ratio * np.abs(crossed - limit).sum(dtype=np.float64).item() / count
             break
         limit = max(limit, 0.0)  # in this order, NaN stays
     return before.new_full((1,), limit)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_r2 import RangeProjection, cells
-from hf_r2.cells import CELL, Cells, Picked, cell_size, crowded, excess, sample_cells
+from hf_r2.cells import CELL, Cells, Picked, cell_size, crowded, excess, sample_magnitudes
 from hf_r2.losses import RangeLoss
 from hf_r2.projection import prox_l_inf
 
@@ -175,7 +175,7 @@ def test_excess_of_an_empty_group_is_nothing():
 
 @pytest.mark.parametrize("count", [1, 7, 100, 5000])
 def test_a_sample_has_cells_from_all_over(count):
-    sample = sample_cells(torch.arange(1000.0).repeat_interleave(128)[None], count).view(-1, 128)
+    sample = sample_magnitudes(-torch.arange(1000.0).repeat_interleave(128)[None], count).view(-1, 128)
     assert min(count, 500) <= len(sample) <= max(2 * count, 1000)
     assert (sample == sample[:, :1]).all()
     gaps = sample[:, 0].diff()

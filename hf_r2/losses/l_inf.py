@@ -53,23 +53,23 @@ def find_largest(weight: LocalWeight, level: Tensor | None = None) -> Routine[tu
     counted = torch.ones_like(tops) if level is None else (tops > level).to(tops.dtype)
     wanted = tops.where(counted > 0, torch.inf)
     picked = cells.pick(wanted)
-    counts = torch.zeros_like(tops)
+    counts, largest = torch.zeros_like(tops), []
     for batch in picked.cells:
-        ties = np.count_nonzero(np.abs(batch.of(blocks)) == wanted.numpy()[batch.groups, None], axis=1)
-        counts += torch.from_numpy(np.bincount(batch.groups, ties, len(tops)))
+        values = batch.of(blocks)
+        found = np.abs(values) == wanted.numpy()[batch.groups, None]
+        largest.append((batch.only(found), np.sign(values[found])))
+        counts += torch.from_numpy(np.bincount(largest[-1][0].groups, minlength=len(tops)))
     for b in picked.whole:
         weight.split(counts)[b].copy_(_is_largest(blocks[b], weight.split(wanted)[b]).sum(dim=1))
     counts = yield from weight.total(counts)
 
     def add_gradient(grads: Sequence[Tensor], scale: Tensor | float) -> None:
         shares = weight.per_group(scale).to(counts.dtype) / counts.clamp_min(1)
-        for batch in picked.cells:
-            values, at = batch.of(blocks), batch.groups[:, None]
-            largest = np.abs(values) == wanted.numpy()[at]
-            batch.add(grads, np.sign(values) * largest * shares.numpy()[at])
+        for elements, signs in largest:
+            elements.add(grads, (signs * shares.numpy()[elements.groups])[:, None])
         for b in picked.whole:
-            largest = _is_largest(blocks[b], weight.split(wanted)[b])
-            grads[b].addcmul_(blocks[b].sign(), largest * weight.split(shares)[b][:, None])
+            share = _is_largest(blocks[b], weight.split(wanted)[b]) * weight.split(shares)[b][:, None]
+            grads[b].addcmul_(blocks[b].sign(), share)
 
     return tops, counted, add_gradient
 
