@@ -20,8 +20,8 @@ PROJECTIONS = ("prox", "clip")
 NEWTON_STEPS = 24
 """At most; weights take two to five."""
 
-SAMPLED_CELLS, SAMPLED_SHARE = 2048, 8
-"""Cells of a weight that is sampled, at least, and the share of all of them, 1 / 8, if that is more."""
+SAMPLED_CELLS, SAMPLED_SHARE = 1024, 16
+"""Cells of a weight that is sampled, at least, and the share of all of them, 1 / 16, if that is more."""
 
 SAMPLE_STEPS = 3
 """On the sample, from the limit of the step before."""
@@ -243,10 +243,10 @@ def _limit_of_many(block: Tensor, before: Tensor, t: float) -> Tensor:
     limit = before.item()
     # Most elements are far below the limit, unless it falls that far
     floor = 0.9 * limit
-    near = sample[~(sample <= floor)]
+    near = np.compress(sample > floor, sample)  # three times as fast as a mask in brackets
     for _ in range(SAMPLE_STEPS):
-        above = near[near > limit]
-        limit += (above.sum(dtype=np.float64).item() - limit * above.size - t / ratio) / max(above.size, 1)
+        above = np.maximum(near - limit, 0)
+        limit += (above.sum(dtype=np.float64).item() - t / ratio) / max(np.count_nonzero(above), 1)
         if not limit > floor:
             near, floor, limit = sample, 0.0, max(limit, 0.0)
     for _ in range(NEWTON_STEPS):
@@ -257,7 +257,7 @@ def _limit_of_many(block: Tensor, before: Tensor, t: float) -> Tensor:
         start, limit = limit, limit + (total - t) / count
         if abs(limit - start) * count <= 0.01 * total:
             # The step took the count for constant: what it misses are the elements that it crosses
-            crossed = near[(near > min(start, limit)) & (near < max(start, limit))]
+            crossed = np.compress((near > min(start, limit)) & (near < max(start, limit)), near)
             limit += ratio * np.abs(crossed - limit).sum(dtype=np.float64).item() / count
             break
         limit = max(limit, 0.0)  # in this order, NaN stays
