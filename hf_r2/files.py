@@ -1,11 +1,13 @@
 """Writing files and folders so that an interruption leaves what was there before."""
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -17,12 +19,7 @@ def atomic_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         ValueError: if the path is a file.
     """
-    target = Path(directory).absolute()
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file; choose a directory")
-    if target.is_mount() or Path.cwd().is_relative_to(target):
-        raise ValueError(f"{target} cannot be replaced as a whole (in use or a mount point); choose a folder inside it")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = _replaceable(directory)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     scratch.chmod(0o755)
     try:
@@ -30,6 +27,48 @@ def atomic_directory(directory: str | os.PathLike[str]) -> Iterator[Path]:
         _replace(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def resumable_directory(directory: str | os.PathLike[str], key: Mapping[str, Any]) -> Iterator[Path]:
+    """Fill a directory as [`atomic_directory`] does, but keep what an interrupted block has finished for the next one.
+
+    Files whose names begin with a dot are notes of the block: they never reach the directory, and alone are not worth
+    keeping.
+
+    Args:
+        directory: the directory.
+        key: plain JSON that says what it is filled with; what was left by a block of another key is thrown away.
+
+    Raises:
+        ValueError: if the path is a file.
+    """
+    target = _replaceable(directory)
+    scratch = target.with_name(f".{target.name}.unfinished")
+    note, text = scratch / ".key.json", json.dumps(key, sort_keys=True)
+    if not note.is_file() or note.read_text(encoding="utf-8") != text:
+        shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(exist_ok=True)
+    atomic_write(note, text)
+    try:
+        yield scratch
+        _replace(scratch, target)
+        for file in target.glob(".*"):
+            file.unlink()
+    except BaseException:
+        if scratch.exists() and all(file.name.startswith(".") for file in scratch.iterdir()):
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _replaceable(directory: str | os.PathLike[str]) -> Path:
+    target = Path(directory).absolute()
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file; choose a directory")
+    if target.is_mount() or Path.cwd().is_relative_to(target):
+        raise ValueError(f"{target} cannot be replaced as a whole (in use or a mount point); choose a folder inside it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
 
 
 def _replace(scratch: Path, target: Path) -> None:

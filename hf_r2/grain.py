@@ -49,10 +49,14 @@ def blocks(weight: Tensor, grain: Grain) -> list[Tensor]:
     Raises:
         ValueError: for an unknown grain, an empty weight, and channels or groups of fewer than two dimensions.
     """
+    return cut(weight.to(torch.promote_types(weight.dtype, torch.float32)), grain)
+
+
+def cut(weight: Tensor, grain: Grain) -> list[Tensor]:
+    """Cut a weight, or its codes, into blocks as [`blocks`] does, but leave the dtype and, where it can, the memory."""
     grain = parse_grain(grain)
     if weight.numel() == 0:
         raise ValueError(EMPTY)
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if grain == "tensor":
         return [weight.reshape(1, -1)]
     if weight.dim() < 2:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hf_r2 import files
-from hf_r2.files import atomic_directory, atomic_write
+from hf_r2.files import atomic_directory, atomic_write, resumable_directory
 
 # Loads the module by its path, as importing the package takes seconds
 STALLED_WRITER = """
@@ -168,6 +168,53 @@ def test_a_directory_can_be_written_after_a_killed_process(old):
     with atomic_directory(old) as scratch:
         (scratch / "model.safetensors").write_bytes(b"new")
     assert content(old) == {"model.safetensors": b"new"}
+
+
+def stop_after(target, key, *files):
+    with pytest.raises(KeyboardInterrupt), resumable_directory(target, key) as scratch:
+        for name in files:
+            (scratch / name).write_text(name)
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_resumable_directory_keeps_its_files_for_the_same_key(old):
+    before = content(old)
+    stop_after(old, {"a": 1}, "one", ".note")
+    assert content(old) == before
+    with resumable_directory(old, {"a": 1}) as scratch:
+        assert {"one", ".note"} <= set(names(scratch))
+        (scratch / "two").write_text("two")
+    assert content(old) == {"one": b"one", "two": b"two"}
+    assert names(old.parent) == ["checkpoint"]
+
+
+def test_a_resumable_directory_of_another_key_starts_empty(old):
+    stop_after(old, {"a": 1}, "one")
+    with resumable_directory(old, {"a": 2}) as scratch:
+        assert "one" not in names(scratch)
+    assert content(old) == {}
+
+
+def test_an_interrupted_resumable_directory_without_finished_files_leaves_nothing(old):
+    stop_after(old, {"a": 1}, ".note")
+    assert names(old.parent) == ["checkpoint"]
+
+
+def test_a_resumable_directory_refuses_a_file_in_its_place(tmp_path):
+    (tmp_path / "checkpoint").write_text("a file")
+    with pytest.raises(ValueError, match="is a file; choose a directory"):
+        stop_after(tmp_path / "checkpoint", {}, "one")
+
+
+def test_a_resumable_directory_that_cannot_take_its_place_is_kept(old, monkeypatch):
+    before = content(old)
+    refuse_rename_of(monkeypatch, lambda path: path.name.startswith("."))
+    with pytest.raises(OSError, match="busy"), resumable_directory(old, {}) as scratch:
+        (scratch / "one").write_text("one")
+    assert content(old) == before
+    monkeypatch.undo()
+    with resumable_directory(old, {}) as scratch:
+        assert "one" in names(scratch)
 
 
 def test_atomic_write_makes_a_utf8_file(tmp_path):

@@ -27,17 +27,28 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     codes = codes.reshape(-1)
     packed = torch.empty(packed_size(codes.numel(), bits), dtype=torch.uint8, device=codes.device)
-    shifts = torch.arange(8, device=codes.device) * bits
     for start in range(0, codes.numel(), _CHUNK):
         chunk = codes[start : start + _CHUNK]
-        padded = torch.nn.functional.pad(chunk, (0, -chunk.numel() % 8)).view(-1, 8).long()
-        # Eight codes of b bits fill b bytes exactly, and one 64-bit word holds them. At 8 bits the top code reaches
-        # the sign bit; the arithmetic right shift below is masked, so no bit is lost.
-        words = (padded << shifts).sum(dim=1)
-        octets = torch.stack([(words >> (8 * byte)) & 255 for byte in range(bits)], dim=1).to(torch.uint8)
+        padded = torch.nn.functional.pad(chunk, (0, -chunk.numel() % 8)).view(-1, 8)
+        octets = _pack_bytes(padded, bits) if 8 % bits == 0 else _pack_words(padded, bits)
         first = start * bits // 8
-        packed[first : first + packed_size(chunk.numel(), bits)] = octets.view(-1)[: packed_size(chunk.numel(), bits)]
+        packed[first : first + packed_size(chunk.numel(), bits)] = octets[: packed_size(chunk.numel(), bits)]
     return packed
+
+
+def _pack_bytes(eights: Tensor, bits: int) -> Tensor:
+    """Pack codes `(m, 8)` of which a whole number fills a byte."""
+    columns = eights.view(-1, 8 // bits).unbind(dim=1)
+    octets = columns[0].clone()
+    for index, column in enumerate(columns[1:], start=1):
+        octets |= column << (index * bits)
+    return octets
+
+
+def _pack_words(eights: Tensor, bits: int) -> Tensor:
+    """Pack codes `(m, 8)` of any width: eight of b bits fill b bytes exactly, and one 64-bit word holds them."""
+    words = (eights.long() << (torch.arange(8, device=eights.device) * bits)).sum(dim=1)
+    return torch.stack([(words >> (8 * byte)) & 255 for byte in range(bits)], dim=1).to(torch.uint8).view(-1)
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -60,13 +71,24 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
             f"{count} codes of {bits} bits are {expected} bytes (uint8), got {packed.dtype} {tuple(packed.shape)}"
         )
     codes = torch.empty(count, dtype=torch.uint8, device=packed.device)
-    shifts = torch.arange(8, device=packed.device) * bits
     octets_per_chunk = _CHUNK // 8 * bits
     for index, start in enumerate(range(0, count, _CHUNK)):
         octets = packed[index * octets_per_chunk : (index + 1) * octets_per_chunk]
-        octets = torch.nn.functional.pad(octets, (0, -octets.numel() % bits)).view(-1, bits).long()
-        words = (octets << (torch.arange(bits, device=packed.device) * 8)).sum(dim=1)
-        values = (words[:, None] >> shifts) & ((1 << bits) - 1)
+        values = _unpack_bytes(octets, bits) if 8 % bits == 0 else _unpack_words(octets, bits)
         stop = min(start + _CHUNK, count)
-        codes[start:stop] = values.view(-1)[: stop - start].to(torch.uint8)
+        codes[start:stop] = values[: stop - start]
     return codes
+
+
+def _unpack_bytes(octets: Tensor, bits: int) -> Tensor:
+    values = octets.new_empty(octets.numel(), 8 // bits)
+    for index, column in enumerate(values.unbind(dim=1)):
+        column.copy_((octets >> (index * bits)).bitwise_and_((1 << bits) - 1))
+    return values.view(-1)
+
+
+def _unpack_words(octets: Tensor, bits: int) -> Tensor:
+    octets = torch.nn.functional.pad(octets, (0, -octets.numel() % bits)).view(-1, bits).long()
+    words = (octets << (torch.arange(bits, device=octets.device) * 8)).sum(dim=1)
+    values = (words[:, None] >> (torch.arange(8, device=octets.device) * bits)) & ((1 << bits) - 1)
+    return values.view(-1).to(torch.uint8)

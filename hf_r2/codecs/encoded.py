@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_r2.codecs import least_squares, palette, uniform
-from hf_r2.codecs.bitpack import pack, unpack
+from hf_r2.codecs.bitpack import pack, packed_size, unpack
 from hf_r2.codecs.settings import METHODS, CodecSettings
 from hf_r2.grain import Grain
 
@@ -54,6 +54,10 @@ class Encoded:
         """Return the shapes and dtypes of the codebook tensors by name, as the shape and settings ask for them."""
         return CODECS[self.settings.method].codebook_like(self.shape, self.settings)
 
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Return the packed codes and the codebook under the names that a checkpoint gives those of a weight."""
+        return {name: self.codes, **{f"{name}_{key}": tensor for key, tensor in self.codebook.items()}}
+
     @property
     def code_count(self) -> int:
         """Number of codes: one for every element, or with a `cluster_dim` d one for up to d elements of a group."""
@@ -89,12 +93,28 @@ def encode(weight: Tensor, config: SettingsByName, name: str | None = None) -> E
         ValueError: for a weight with NaN or infinite values or without elements.
     """
     weight = weight.detach()
-    label = f"weight {name!r}" if name else "the weight"
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"{label} has NaN or infinite values; the training that made it diverged")
+    require_finite(weight, name)
     settings = config.settings_for(name)
     codes, codebook = CODECS[settings.method].quantize(weight, settings)
     return Encoded(pack(codes, settings.bits), codebook, weight.shape, weight.dtype, settings)
+
+
+def blank(shape: torch.Size, dtype: torch.dtype, settings: CodecSettings) -> Encoded:
+    """Return what a weight of this shape and dtype becomes, without its numbers: all tensors are on the meta device."""
+    encoded = Encoded(torch.empty(0), {}, shape, dtype, settings)
+    size = packed_size(encoded.code_count, settings.bits)
+    encoded.codes = torch.empty(size, dtype=torch.uint8, device="meta")
+    like = encoded.codebook_like().items()
+    encoded.codebook = {key: torch.empty(size, dtype=dtype, device="meta") for key, (size, dtype) in like}
+    return encoded
+
+
+def require_finite(weight: Tensor, name: str | None = None) -> None:
+    """Raise a ValueError with the name of a weight that has NaN or infinite values."""
+    # The extremes are NaN if any element is; nothing of the weight's size is built
+    if weight.numel() and not all(end.isfinite() for end in weight.aminmax()):
+        label = f"weight {name!r}" if name else "the weight"
+        raise ValueError(f"{label} has NaN or infinite values; the training that made it diverged")
 
 
 def decode(encoded: Encoded) -> Tensor:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_r2.codecs.value_counts import count_values, countable
+
 EXACT_POINTS = 2048
 """Rows up to this length are solved exactly; longer ones on this many bins, then polished on all their values."""
 
@@ -27,13 +29,29 @@ def kmeans_1d(values: Tensor, k: int) -> Tensor:
     Returns:
         Sorted cluster means, float32, `(rows, k)`, on the device of the values.
     """
-    rows = max(1, _CHUNK_POINTS // min(values.shape[1], EXACT_POINTS))
-    tables = [_solve(chunk.double().cpu().numpy(), k) for chunk in values.detach().split(rows)]
+    values = values.detach()
+    if len(values) == 1 and countable(values):
+        tables = [_solve_counted(*(each.numpy() for each in count_values(values)), k)]
+    else:
+        rows = max(1, _CHUNK_POINTS // min(values.shape[1], EXACT_POINTS))
+        tables = [_solve(_ascending(chunk), k) for chunk in values.split(rows)]
     return torch.from_numpy(np.concatenate(tables)).to(device=values.device, dtype=torch.float32)
 
 
-def _solve(values: np.ndarray, k: int) -> np.ndarray:
-    ordered = np.sort(values, axis=1)
+def _ascending(values: Tensor) -> np.ndarray:
+    """Sort rows, and raise them to float64: in float32 sorting is twice as fast."""
+    narrow = values.dtype != torch.float64
+    return np.sort((values.float() if narrow else values).cpu().numpy(), axis=1).astype(np.float64)
+
+
+def _solve_counted(values: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
+    """Solve one row of which each of the ascending `(points,)` values occurs `counts` times."""
+    if len(values) <= k:
+        return np.concatenate([values, np.repeat(values[-1:], k - len(values))])[None]
+    return _optimum(values[None], k, counts[None])
+
+
+def _solve(ordered: np.ndarray, k: int) -> np.ndarray:
     rank = np.cumsum(np.diff(ordered, axis=1, prepend=ordered[:, :1]) > 0, axis=1)
     few = rank[:, -1] < k
     tables = np.repeat(ordered[:, -1:], k, axis=1)
@@ -45,20 +63,25 @@ def _solve(values: np.ndarray, k: int) -> np.ndarray:
     return tables
 
 
-def _optimum(ordered: np.ndarray, k: int) -> np.ndarray:
+def _optimum(ordered: np.ndarray, k: int, counts: np.ndarray | None = None) -> np.ndarray:
+    """Cluster ascending rows `(rows, n)`, of which each value counts once or as often as `counts` say."""
     # Around its mean a row's squares lose no digits to a common offset
-    centre = ordered.mean(axis=1, keepdims=True)
+    centre = np.average(ordered, axis=1, weights=counts, keepdims=True)
     centred = ordered - centre
-    edges = _bin_edges(ordered)
-    first = _prefix_sums(centred)
-    first_at, second_at = (np.take_along_axis(sums, edges, axis=1) for sums in (first, _prefix_sums(centred**2)))
-    cuts = np.take_along_axis(edges, _optimal_cuts(edges.astype(np.float64), first_at, second_at, k), axis=1)
+    if counts is None:
+        size = np.broadcast_to(np.arange(ordered.shape[1] + 1.0), (len(ordered), ordered.shape[1] + 1))
+        first, second = _prefix_sums(centred), _prefix_sums(centred**2)
+    else:
+        size, first, second = (_prefix_sums(counts * power) for power in (1.0, centred, centred**2))
+    edges = _bin_edges(ordered, size)
+    at_edges = [np.take_along_axis(sums, edges, axis=1) for sums in (size, first, second)]
+    cuts = np.take_along_axis(edges, _optimal_cuts(*at_edges, k), axis=1)
     if edges.shape[1] <= ordered.shape[1]:
-        cuts = _polish(centred, first, cuts)
+        cuts = _polish(centred, size, first, cuts)
     # A mean lies between the ends of its cluster, whatever rounding says: a cluster of equal values is that value
     lowest = np.take_along_axis(ordered, np.minimum(cuts[:, :-1], ordered.shape[1] - 1), axis=1)
     highest = np.take_along_axis(ordered, np.maximum(cuts[:, 1:] - 1, 0), axis=1)
-    means = _means(first, cuts, empty=centred[:, -1:]) + centre
+    means = _means(size, first, cuts, empty=centred[:, -1:]) + centre
     return np.sort(np.where(highest >= lowest, np.clip(means, lowest, highest), means), axis=1)
 
 
@@ -66,8 +89,10 @@ def _prefix_sums(values: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros((len(values), 1)), np.cumsum(values, axis=1)], axis=1)
 
 
-def _bin_edges(ordered: np.ndarray) -> np.ndarray:
+def _bin_edges(ordered: np.ndarray, size: np.ndarray) -> np.ndarray:
     """Cut sorted rows `(rows, n)` into points: single values, or half equal-count and half equal-width bins.
+
+    `size` has the prefix sums of how often each value occurs, `(rows, n + 1)`.
 
     Equal counts resolve the bulk, equal widths the tails: neither alone survives an outlier at 100 sigma.
     """
@@ -75,7 +100,11 @@ def _bin_edges(ordered: np.ndarray) -> np.ndarray:
     if n <= EXACT_POINTS:
         return np.broadcast_to(np.arange(n + 1), (rows, n + 1))
     half = EXACT_POINTS // 2
-    by_count = np.broadcast_to(np.linspace(0, n, half + 1).astype(np.int64), (rows, half + 1))
+    total = int(size[0, -1])
+    by_count = np.linspace(0, total, half + 1).astype(np.int64)
+    if total > n:
+        by_count = np.searchsorted(size[0], by_count)
+    by_count = np.broadcast_to(by_count, (rows, half + 1))
     shares = np.linspace(0, 1, half + 1)[1:-1]
     by_width = np.stack([np.searchsorted(row, row[0] + (row[-1] - row[0]) * shares) for row in ordered])
     return np.sort(np.concatenate([by_count, by_width], axis=1), axis=1)
@@ -148,18 +177,17 @@ def _next_layer(
     return best, least_error
 
 
-def _means(first: np.ndarray, cuts: np.ndarray, empty: np.ndarray) -> np.ndarray:
+def _means(size: np.ndarray, first: np.ndarray, cuts: np.ndarray, empty: np.ndarray) -> np.ndarray:
     """Means `(rows, k)` of the values between cuts `(rows, k + 1)`; empty clusters take the values given for them."""
-    size = np.diff(cuts, axis=1)
-    total = np.diff(np.take_along_axis(first, cuts, axis=1), axis=1)
+    size, total = (np.diff(np.take_along_axis(sums, cuts, axis=1), axis=1) for sums in (size, first))
     return np.where(size > 0, total / np.maximum(size, 1), empty)
 
 
-def _polish(centred: np.ndarray, first: np.ndarray, cuts: np.ndarray) -> np.ndarray:
+def _polish(centred: np.ndarray, size: np.ndarray, first: np.ndarray, cuts: np.ndarray) -> np.ndarray:
     """Lloyd's algorithm on all sorted values, from the cuts of the binned optimum, until none of them moves."""
     values = torch.from_numpy(np.ascontiguousarray(centred))
     for _ in range(_POLISH_STEPS):
-        means = np.sort(_means(first, cuts, empty=centred[:, -1:]), axis=1)
+        means = np.sort(_means(size, first, cuts, empty=centred[:, -1:]), axis=1)
         midpoints = torch.from_numpy(np.ascontiguousarray((means[:, :-1] + means[:, 1:]) / 2))
         moved = torch.searchsorted(values, midpoints).numpy()
         if np.array_equal(moved, cuts[:, 1:-1]):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_r2.codecs import binary_bases
 from hf_r2.codecs.binary_bases import fold, nearest_codes, solve
+from hf_r2.codecs.palette import look_up
 from hf_r2.codecs.settings import CodecSettings
 from hf_r2.grain import blocks, group_counts, join
 
@@ -55,10 +56,9 @@ def dequantize(
     codes: Tensor, codebook: dict[str, Tensor], settings: CodecSettings, shape: Sequence[int] | None = None
 ) -> Tensor:
     """Turn uint8 codes and their codebook into the float32 weight, of the codes' shape unless another is given."""
-    codes = codes if shape is None else codes.reshape(tuple(shape))
-    tables = levels(codebook, settings).split(group_counts(codes.shape, settings.grain))
-    parts = blocks(codes, settings.grain)
-    return join([t.gather(1, c.long()) for c, t in zip(parts, tables, strict=True)], codes.shape, settings.grain)
+    shape = codes.shape if shape is None else torch.Size(shape)
+    tables = levels(codebook, settings).split(group_counts(shape, settings.grain))
+    return look_up(codes, tables, settings.grain, shape)
 
 
 def levels(codebook: dict[str, Tensor], settings: CodecSettings) -> Tensor:

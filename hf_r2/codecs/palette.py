@@ -14,7 +14,9 @@ from torch import Tensor
 from hf_r2.codecs.kmeans import kmeans_1d
 from hf_r2.codecs.kmeans_vectors import kmeans_vectors, nearest_vector
 from hf_r2.codecs.settings import CodecSettings
-from hf_r2.grain import blocks, group_counts, group_sizes, join
+from hf_r2.grain import Grain, cut, group_counts, group_sizes, join, pieces
+
+_COUNTED = 16  # entries of a table up to which codes are found by comparing with all of them
 
 
 def codebook_like(shape: Sequence[int], settings: CodecSettings) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -31,7 +33,7 @@ def code_count(shape: Sequence[int], settings: CodecSettings) -> int:
 def quantize(weight: Tensor, settings: CodecSettings) -> tuple[Tensor, dict[str, Tensor]]:
     """Quantize a weight `(out, in, …)` to uint8 codes, shaped as those of [`assign`], and a codebook (the tables)."""
     k = 2**settings.bits
-    parts = blocks(weight, settings.grain)
+    parts = cut(weight, settings.grain)
     if settings.cluster_dim == 1:
         lut = torch.cat([kmeans_1d(block, k) for block in parts])
     else:
@@ -53,10 +55,10 @@ def assign(weight: Tensor, lut: Tensor, settings: CodecSettings) -> Tensor:
         uint8 codes, of the weight's shape for `cluster_dim` 1, else flat `(code_count,)`: block by block of the grain,
         in a block group by group. At equal distances the lowest code wins.
     """
-    parts = blocks(weight, settings.grain)
+    parts = cut(weight, settings.grain)
     tables = lut.split([len(block) for block in parts])
     if settings.cluster_dim == 1:
-        codes = [nearest(block.float(), table) for block, table in zip(parts, tables, strict=True)]
+        codes = [nearest(block, table) for block, table in zip(parts, tables, strict=True)]
         return join(codes, weight.shape, settings.grain)
     pairs = zip(parts, tables, strict=True)
     return torch.cat(
@@ -78,8 +80,7 @@ def dequantize(
     shape = codes.shape if shape is None else torch.Size(shape)
     tables = codebook["lut"].split(group_counts(shape, settings.grain))
     if settings.cluster_dim == 1:
-        parts = blocks(codes.reshape(shape), settings.grain)
-        return join([t.gather(1, c.long()) for c, t in zip(parts, tables, strict=True)], shape, settings.grain)
+        return look_up(codes, tables, settings.grain, shape)
     runs = _code_shapes(shape, settings)
     flat = codes.split([groups * count for groups, count in runs])
     entries = [_look_up(c.view(run), t) for c, run, t in zip(flat, runs, tables, strict=True)]
@@ -108,8 +109,42 @@ def nearest(block: Tensor, table: Tensor) -> Tensor:
     An element halfway between two values takes the smaller one.
     """
     # Halved before they are added: the sum of two large float32 values could overflow
-    midpoints = table[:, :-1] / 2 + table[:, 1:] / 2
-    return torch.searchsorted(midpoints.contiguous(), block.contiguous()).to(torch.uint8)
+    midpoints = (table[:, :-1] / 2 + table[:, 1:] / 2).contiguous()
+    codes = torch.zeros(block.shape, dtype=torch.uint8, device=block.device)
+    # On a CPU it is faster to count the midpoints below an element than to search, unless there are many
+    count = block.is_cpu and table.shape[1] <= _COUNTED
+    for band, (piece, code) in pieces(block, codes):
+        piece = piece.float()
+        if count:
+            for midpoint in midpoints[band].unbind(dim=1):
+                code += piece > midpoint[:, None]
+        else:
+            code.copy_(torch.searchsorted(midpoints[band], piece.contiguous()))
+    return codes
+
+
+def look_up(codes: Tensor, tables: Sequence[Tensor], grain: Grain, shape: Sequence[int]) -> Tensor:
+    """Take for every code its entry of its group's table.
+
+    Args:
+        codes: uint8, as many as the shape has elements.
+        tables: float32 `(groups, k)`, one for each block of the grain.
+        grain: of the weight.
+        shape: of the weight, output channels first.
+
+    Returns:
+        float32, of the shape.
+    """
+    parts = []
+    for block, table in zip(cut(codes.reshape(tuple(shape)), grain), tables, strict=True):
+        groups, k = table.shape
+        entries, flat = table.new_empty(block.shape), table.flatten()
+        first = k * torch.arange(groups, dtype=torch.int32, device=table.device)[:, None]
+        for band, (code, entry) in pieces(block, entries):
+            places = code.int() + first[band] if groups > 1 else code.int()
+            entry.copy_(flat.index_select(0, places.flatten()).view(code.shape))
+        parts.append(entries)
+    return join(parts, shape, grain)
 
 
 def _code_shapes(shape: Sequence[int], settings: CodecSettings) -> list[tuple[int, int]]:

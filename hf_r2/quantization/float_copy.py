@@ -7,7 +7,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hf_r2.files import atomic_directory
 from hf_r2.quantization.config import QUANT_METHOD
-from hf_r2.quantization.quantizer import architecture_class
+from hf_r2.quantization.skeleton import architecture_class
 
 
 def dequantize(source: str | os.PathLike[str], save_dir: str | os.PathLike[str]) -> PreTrainedModel:

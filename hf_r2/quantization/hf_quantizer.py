@@ -17,8 +17,8 @@ from hf_r2.aware.activations import (
     quantize_inputs,
     release_inputs,
 )
-from hf_r2.codecs import CODECS, Encoded, decode, encode
-from hf_r2.codecs.bitpack import packed_size
+from hf_r2.codecs import Encoded, decode, encode
+from hf_r2.codecs.encoded import blank
 from hf_r2.quantization.config import R2QuantizationConfig
 from hf_r2.quantization.integrity import content_digests, verify_content, verify_layout, verify_settings
 from hf_r2.refine import refine_floats, refuse_steps_with_data
@@ -91,10 +91,7 @@ class R2HfQuantizer(HfQuantizer):
             for name, (module, attribute) in selection.items():
                 weight = getattr(module, attribute)
                 settings = self.quantization_config.settings_for(name)
-                shape = output_first(module, weight).shape
-                count = CODECS[settings.method].code_count(shape, settings)
-                codes = torch.empty(packed_size(count, settings.bits), dtype=torch.uint8, device="meta")
-                self.encoded[name] = Encoded(codes, {}, shape, weight.dtype, settings)
+                self.encoded[name] = blank(output_first(module, weight).shape, weight.dtype, settings)
             verify_settings(self.encoded, self.quantization_config.sha256)
         except ValueError as error:
             saved = ", ".join(model.config.architectures or ["unknown"])
@@ -106,8 +103,8 @@ class R2HfQuantizer(HfQuantizer):
             setattr(module, attribute, nn.Parameter(encoded.codes, requires_grad=False))
             # transformers initializes modules before it looks whether they were loaded, and flat codes have no fan-in
             module._is_hf_initialized = True
-            for key, (size, dtype) in encoded.codebook_like().items():
-                module.register_buffer(f"{attribute}_{key}", torch.empty(size, dtype=dtype, device="meta"))
+            for key, tensor in encoded.codebook.items():
+                module.register_buffer(f"{attribute}_{key}", tensor)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Decode a compressed checkpoint's weights, or refine and compress a float model's."""
@@ -135,7 +132,7 @@ class R2HfQuantizer(HfQuantizer):
         for name, (module, attribute) in selection.items():
             encoded = self.encoded[name]
             encoded.codes = getattr(module, attribute).data
-            encoded.codebook = {key: module._buffers.pop(f"{attribute}_{key}") for key in encoded.codebook_like()}
+            encoded.codebook = {key: module._buffers.pop(f"{attribute}_{key}") for key in encoded.codebook}
             if encoded.codes.is_meta:
                 raise ValueError("a device_map that offloads to disk is not supported: leave out the disk")
 
@@ -166,12 +163,9 @@ class R2HfQuantizer(HfQuantizer):
         """Split the checkpoint's tensors into codes with codebooks, and all others with tied ones once."""
         codes = {}
         for name, encoded in self.encoded.items():
-            codes[name] = encoded.codes
-            codes.update({f"{name}_{key}": tensor for key, tensor in encoded.codebook.items()})
-        unsaved = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
-        rest = {
-            name: tensor for name, tensor in model.state_dict().items() if name not in codes and name not in unsaved
-        }
+            codes.update(encoded.tensors(name))
+        left_out = codes.keys() | unsaved(model)
+        rest = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
         return codes, rest
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
@@ -190,6 +184,11 @@ class R2HfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Compressed weights are not trained: their codes would go stale."""
         return False
+
+
+def unsaved(model: PreTrainedModel) -> set[str]:
+    """Names of the tensors that a checkpoint leaves out: those that are tied to another, and those of no use."""
+    return {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
 
 
 def layers_with_inputs(

@@ -16,21 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_r2.codecs import Encoded
+from hf_r2.quantization.tensor_files import DTYPE_WORDS, DTYPES
 
 _DAMAGED = "the checkpoint is damaged or was changed by hand; download or save it again"
 _RECORDED = ("settings", "layout", "codes", "rest", "rest_dtypes")
-_DTYPE_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def content_digests(
@@ -49,7 +38,7 @@ def content_digests(
     tensors = (*codes.values(), *rest.values())
     return {
         "settings": _settings_digest(encoded),
-        "layout": _layout_digest((_DTYPE_CODES.get(tensor.dtype, "other"), list(tensor.shape)) for tensor in tensors),
+        "layout": _layout_digest((DTYPE_WORDS.get(tensor.dtype, "other"), list(tensor.shape)) for tensor in tensors),
         "codes": _content_digest(codes),
         "rest": _content_digest(rest),
         "rest_dtypes": _dtypes(rest.values()),
@@ -74,8 +63,7 @@ def verify_layout(files: Iterable[str], recorded: Mapping[str, Any] | None) -> N
                 layout += [(tensor.get_dtype(), list(tensor.get_shape())) for tensor in slices]
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path.name} cannot be read ({error}): {_DAMAGED}") from error
-    codes = _DTYPE_CODES.values()
-    known = ((dtype if dtype in codes else "other", shape) for dtype, shape in layout)
+    known = ((dtype if dtype in DTYPES else "other", shape) for dtype, shape in layout)
     if layout and _layout_digest(known) != recorded["layout"]:
         raise ValueError(f"the files hold tensors of other dtypes or shapes than were saved: {_DAMAGED}")
 

@@ -4,29 +4,32 @@ import inspect
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import transformers
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import HTTPError
 from optimum.quantization_base import OptimumQuantizer
 from optimum.utils.save_utils import maybe_load_preprocessors
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, default_data_collator
+from transformers import PreTrainedModel, default_data_collator
+from transformers.utils import logging
 
 from hf_r2.aware.activations import observe_inputs
-from hf_r2.codecs import Encoded, decode, mse, sqnr
-from hf_r2.files import atomic_directory, weight_file_bytes
+from hf_r2.codecs import Encoded
+from hf_r2.files import atomic_directory, resumable_directory, weight_file_bytes
 from hf_r2.quantization.config import R2QuantizationConfig
 from hf_r2.quantization.hf_quantizer import compress
 from hf_r2.quantization.quanto import check_quanto, quantize_by_quanto, save_by_quanto
+from hf_r2.quantization.skeleton import float_model_class
+from hf_r2.quantization.stream import NotStreamable, Plan, plan_stream, run_stream
 from hf_r2.refine import REFINEMENTS, Refinement, refine_floats
+from hf_r2.report.facts import weight_facts
 from hf_r2.report.manifest import MANIFEST_NAME, Manifest
-from hf_r2.report.statistics import moments, weight_statistics
 from hf_r2.selection import output_first, select_weights
+
+logger = logging.get_logger(__name__)
 
 
 class R2Quantizer(OptimumQuantizer):
@@ -35,7 +38,7 @@ class R2Quantizer(OptimumQuantizer):
         R2Quantizer.from_pretrained("me/model").quantize("model-2bit", R2QuantizationConfig("palette", bits=2))
 
     Args:
-        source: directory or Hub name of a float checkpoint; every call of [`quantize`] reads it anew.
+        source: directory or Hub name of a float checkpoint; every call of [`quantize`] and [`stream`] reads it anew.
     """
 
     def __init__(self, source: str | os.PathLike[str]) -> None:
@@ -49,7 +52,7 @@ class R2Quantizer(OptimumQuantizer):
             ValueError: if it is already quantized, or does not say which model class it holds.
         """
         quantizer = cls(model_or_path)
-        _model_class(quantizer.source)
+        float_model_class(quantizer.source)
         return quantizer
 
     def quantize(
@@ -60,9 +63,11 @@ class R2Quantizer(OptimumQuantizer):
         batch_size: int = 64,
         backend: str = "hf_r2",
     ) -> PreTrainedModel:
-        """Compress the checkpoint and save it with its preprocessors and manifest.
+        """Compress the checkpoint, save it with its preprocessors and manifest, and load it.
 
-        The directory appears as a whole or not at all; an existing one is replaced only when the new one is complete.
+        Where no step needs the whole model the weights are compressed one by one, as [`stream`] does; use that where
+        the model that is returned would not fit into memory. The directory appears as a whole or not at all; an
+        existing one is replaced only when the new one is complete.
 
         Args:
             save_dir: where the compressed checkpoint goes.
@@ -87,7 +92,6 @@ class R2Quantizer(OptimumQuantizer):
             raise ValueError(f"unknown backend {backend!r}: use 'hf_r2' or 'quanto'")
         if backend == "quanto":
             return self._leave_for_quanto(save_dir, quantization_config)
-        start = time.perf_counter()
         needing = [step for step in quantization_config.refine if REFINEMENTS[step]]
         if needing and calibration_dataset is None:
             raise ValueError(f"refine={needing} needs a calibration_dataset")
@@ -95,6 +99,14 @@ class R2Quantizer(OptimumQuantizer):
         averaged = activations is not None and activations.moving_average != "off"
         if averaged and calibration_dataset is None:
             raise ValueError(f"activations={quantization_config.activations} needs a calibration_dataset")
+        try:
+            plan = plan_stream(self.source, quantization_config)
+        except NotStreamable as reason:
+            logger.info(f"{self.source} is compressed as a whole: {reason}")
+        else:
+            self._stream(plan, save_dir, workers=None)
+            return type(plan.model).from_pretrained(save_dir)
+        start = time.perf_counter()
         model = load_float_model(self.source)
         float_bytes = weight_file_bytes(self.source) or sum(tensor.nbytes for tensor in model.state_dict().values())
         batches = _Batches(model, calibration_dataset, batch_size)
@@ -106,22 +118,68 @@ class R2Quantizer(OptimumQuantizer):
             observe_inputs(model, batches)
         refinement.correct(model)
 
-        manifest = _manifest(self.source)
         with atomic_directory(save_dir) as scratch:
             model.save_pretrained(scratch)
-            for preprocessor in maybe_load_preprocessors(self.source):
-                preprocessor.save_pretrained(scratch)
-            manifest.add(
-                "quantize",
-                base_model=manifest.last("train").get("hub_model_id") or _base_model(self.source),
-                license=_license(self.source),
-                quantization_config=quantization_config.to_dict(),
-                weights=floats.compared_with(model.hf_quantizer.encoded),
-                bytes={"float": float_bytes, "compressed": weight_file_bytes(scratch)},
-                seconds=time.perf_counter() - start,
-            )
-            manifest.save(scratch)
+            weights = floats.compared_with(model.hf_quantizer.encoded)
+            self._complete(scratch, quantization_config, weights, float_bytes, time.perf_counter() - start)
         return model
+
+    def stream(
+        self, save_dir: str | os.PathLike[str], quantization_config: R2QuantizationConfig, workers: int | None = None
+    ) -> Path:
+        """Compress the checkpoint tensor by tensor, and save it as [`quantize`] does.
+
+        Every shard of the float checkpoint becomes one of the compressed checkpoint. Memory holds a tensor for every
+        worker, and a small multiple of it. After an interruption or a kill the next call with the same source and
+        config keeps the shards that are finished, once they agree with their SHA-256.
+
+        Args:
+            save_dir: where the compressed checkpoint goes; what is unfinished lies beside it, in
+                `.<its name>.unfinished`.
+            quantization_config: how the weights are compressed, without steps of `refine`.
+            workers: threads, each of which compresses one tensor at a time; one for each core without.
+
+        Returns:
+            The directory.
+
+        Raises:
+            ValueError: for a checkpoint or a config that takes the whole model at a time ([`quantize`] does that), and
+                as `encode` and [`select_weights`] do.
+        """
+        try:
+            plan = plan_stream(self.source, quantization_config)
+        except NotStreamable as reason:
+            raise ValueError(f"{self.source} cannot be streamed ({reason}): use quantize instead") from reason
+        self._stream(plan, save_dir, workers)
+        return Path(save_dir)
+
+    def _stream(self, plan: Plan, save_dir: str | os.PathLike[str], workers: int | None) -> None:
+        with resumable_directory(save_dir, plan.key) as scratch:
+            done = run_stream(plan, self.source, scratch, workers)
+            self._complete(scratch, done.config, done.weights, plan.float_bytes, done.seconds)
+
+    def _complete(
+        self,
+        scratch: Path,
+        config: R2QuantizationConfig,
+        weights: list[dict[str, Any]],
+        float_bytes: int,
+        seconds: float,
+    ) -> None:
+        """Put preprocessors and the manifest beside the weights."""
+        for preprocessor in maybe_load_preprocessors(self.source):
+            preprocessor.save_pretrained(scratch)
+        manifest = _manifest(self.source)
+        manifest.add(
+            "quantize",
+            base_model=manifest.last("train").get("hub_model_id") or _base_model(self.source),
+            license=_license(self.source),
+            quantization_config=config.to_dict(),
+            weights=weights,
+            bytes={"float": float_bytes, "compressed": weight_file_bytes(scratch)},
+            seconds=seconds,
+        )
+        manifest.save(scratch)
 
     def _leave_for_quanto(self, save_dir: str | os.PathLike[str], config: R2QuantizationConfig) -> PreTrainedModel:
         quanto = check_quanto(config)
@@ -141,36 +199,13 @@ def load_float_model(source: str) -> PreTrainedModel:
     Raises:
         ValueError: if it is already quantized, lacks weights, or does not say which model class it holds.
     """
-    model, info = _model_class(source).from_pretrained(source, output_loading_info=True)
+    model, info = float_model_class(source).from_pretrained(source, output_loading_info=True)
     if info["missing_keys"]:
         raise ValueError(
             f"{source} lacks {len(info['missing_keys'])} tensors of {type(model).__name__}, for example "
             f"{min(info['missing_keys'])!r}: save the whole model, the missing ones would be random"
         )
     return model
-
-
-def _model_class(source: str) -> type[PreTrainedModel]:
-    config = AutoConfig.from_pretrained(source)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{source} is already quantized; name the float checkpoint it was made from")
-    return architecture_class(config, source)
-
-
-def architecture_class(config: PretrainedConfig, source: str) -> type[PreTrainedModel]:
-    """Return the model class that a checkpoint's config names.
-
-    Raises:
-        ValueError: if transformers has no such class.
-    """
-    architecture = (config.architectures or [None])[0]
-    model_class = getattr(transformers, architecture or "", None)
-    if model_class is None:
-        raise ValueError(
-            f"{source} names the architecture {architecture!r}, which this transformers does not have: "
-            "save it with save_pretrained of a transformers model class"
-        )
-    return model_class
 
 
 class _Batches:
@@ -212,9 +247,8 @@ class FloatWeights:
     """
 
     def __init__(self, model: nn.Module, config: R2QuantizationConfig) -> None:
-        patterns = (config.include, config.skip, config.min_numel)
-        self._statistics = weight_statistics(model, *patterns)
-        self.selection = select_weights(model, *patterns)
+        self.selection = select_weights(model, config.include, config.skip, config.min_numel)
+        self._shapes = {name: getattr(*place).shape for name, place in self.selection.items()}
         self.weights = {
             name: output_first(module, getattr(module, attribute)).detach().clone()
             for name, (module, attribute) in self.selection.items()
@@ -222,21 +256,7 @@ class FloatWeights:
 
     def compared_with(self, encoded: Mapping[str, Encoded]) -> list[dict[str, Any]]:
         """Per weight: its statistics, how it was compressed, and moments of the compressed one."""
-        facts = []
-        for statistics in self._statistics:
-            compressed, original = encoded[statistics.name], self.weights[statistics.name]
-            decoded = decode(compressed)
-            facts.append(
-                {
-                    **asdict(statistics),
-                    "codec": compressed.settings.to_dict(),
-                    "bits_per_weight": compressed.bits_per_weight,
-                    "mse": mse(original, decoded),
-                    "compressed_sqnr": sqnr(original, decoded),
-                    "compressed": moments(decoded),
-                }
-            )
-        return facts
+        return [weight_facts(name, weight, self._shapes[name], encoded[name]) for name, weight in self.weights.items()]
 
 
 def _base_model(source: str) -> str:

@@ -1,13 +1,18 @@
 """Statistics of a model's weights."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from hf_r2.codecs import CodecSettings, decode, encode, sqnr
-from hf_r2.moments import shapes
+from hf_r2.codecs import CodecSettings
+from hf_r2.codecs.encoded import require_finite
+from hf_r2.codecs.error import decibels
+from hf_r2.codecs.uniform import grid_of, nearest, symmetric_offset
+from hf_r2.codecs.value_counts import count_values, countable
+from hf_r2.grain import pieces
 from hf_r2.selection import output_first, select_weights
 
 SQNR_BITS = (2, 3, 4, 8)
@@ -52,35 +57,94 @@ def weight_statistics(
     Raises:
         ValueError: for an empty selection and for weights with NaN or infinite values.
     """
-    selection = select_weights(model, include, exclude, min_numel)
-    return [_statistics(name, module, getattr(module, attribute)) for name, (module, attribute) in selection.items()]
+    statistics = []
+    for name, (module, attribute) in select_weights(model, include, exclude, min_numel).items():
+        parameter = getattr(module, attribute)
+        statistics.append(tensor_statistics(name, output_first(module, parameter), parameter.shape))
+    return statistics
 
 
 @torch.no_grad()
-def moments(weight: Tensor) -> dict[str, float]:
-    """Return min, max, rms, crest factor and kurtosis of a weight; see [`WeightStatistics`]."""
-    values = weight.double()
-    centred = values - values.mean()
-    variance = centred.square().mean()
-    return {
-        "min": weight.min().item(),
-        "max": weight.max().item(),
-        "rms": values.square().mean().sqrt().item(),
-        "crest_factor": shapes([weight])[0].crest_factor.item(),
-        "kurtosis": (centred.square().square().mean() / variance.square()).item() if variance > 0 else 0.0,
-    }
+def tensor_statistics(name: str, weight: Tensor, shape: Sequence[int] | None = None) -> WeightStatistics:
+    """Compute the statistics of one weight, piece by piece, so that nothing of its size is built.
 
+    Args:
+        name: parameter name.
+        weight: any float dtype.
+        shape: shape of the parameter, if it is not the weight's.
 
-def _statistics(name: str, module: nn.Module, parameter: Tensor) -> WeightStatistics:
-    weight = output_first(module, parameter)
-    values = moments(weight)
+    Raises:
+        ValueError: for a weight with NaN or infinite values.
+    """
+    require_finite(weight, name)
+    values = Values(weight)
+    facts = values.moments()
     return WeightStatistics(
         name=name,
-        shape=tuple(parameter.shape),
-        range=values["max"] - values["min"],
-        sqnr={
-            bits: sqnr(weight, decode(encode(weight, CodecSettings("uniform", bits, "tensor"), name)))
-            for bits in SQNR_BITS
-        },
-        **values,
+        shape=tuple(weight.shape if shape is None else shape),
+        range=facts["max"] - facts["min"],
+        sqnr={bits: values.sqnr(bits) for bits in SQNR_BITS},
+        **facts,
     )
+
+
+def moments(weight: Tensor) -> dict[str, float]:
+    """Return min, max, rms, crest factor and kurtosis of a weight; see [`WeightStatistics`]."""
+    return Values(weight).moments()
+
+
+class Values:
+    """The elements of a weight, in pieces that stay in the cache; where many have 16 bits, once for each value.
+
+    Args:
+        weight: finite, any float dtype and shape.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight.detach()
+        self._counted = count_values(self._weight) if countable(self._weight) else None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield elements in float64, and how often each counts."""
+        if self._counted is not None:
+            yield self._counted
+            return
+        one = torch.ones((), dtype=torch.float64, device=self._weight.device)
+        for _, (piece,) in pieces(self._weight.reshape(1, -1)):
+            yield piece[0].double(), one
+
+    @torch.no_grad()
+    def moments(self) -> dict[str, float]:
+        """Return min, max, rms, crest factor and kurtosis."""
+        low, high = (end.item() for end in self._weight.aminmax())
+        count = self._weight.numel()
+        mean = sum((values * times).sum().item() for values, times in self) / count
+        square = second = fourth = 0.0
+        for values, times in self:
+            square += (values.square() * times).sum().item()
+            deviations = (values - mean).square_()
+            second += (deviations * times).sum().item()
+            fourth += (deviations.square_() * times).sum().item()
+        rms, variance = math.sqrt(square / count), second / count
+        return {
+            "min": low,
+            "max": high,
+            "rms": rms,
+            "crest_factor": max(-low, high) / rms if rms > 0 else 0.0,
+            # Equal values leave no variance but rounding
+            "kurtosis": fourth / count / variance**2 if low < high and variance**2 > 0 else 0.0,
+        }
+
+    @torch.no_grad()
+    def sqnr(self, bits: int) -> float:
+        """Return the SQNR in dB of what the uniform codec makes of the weight, with one symmetric min-max grid."""
+        settings = CodecSettings("uniform", bits, "tensor")
+        scale, _ = grid_of(*(end.float()[None] for end in self._weight.aminmax()), settings)
+        offset = symmetric_offset(settings)
+        signal = noise = 0.0
+        for values, times in self:
+            step = scale.to(values.device)
+            decoded = (nearest(values[None].float(), step, offset, settings) - offset) * step
+            signal += (values.square() * times).sum().item()
+            noise += ((values - decoded[0].to(self._weight.dtype)).square_() * times).sum().item()
+        return decibels(signal, noise)

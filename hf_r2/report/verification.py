@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hf_r2.evaluation import LabelledData, evaluate_checkpoint
 from hf_r2.files import weight_file_bytes
-from hf_r2.quantization.quantizer import architecture_class
+from hf_r2.quantization.skeleton import architecture_class
 from hf_r2.report.card import CARD_NAME, average_bits, published_row
 from hf_r2.report.manifest import Manifest
 

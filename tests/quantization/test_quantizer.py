@@ -28,6 +28,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerF
 from transformers.modeling_utils import PreTrainedModel
 
 from hf_r2 import R2QuantizationConfig, R2Quantizer, decode, weight_statistics
+from hf_r2.quantization.tensor_files import TensorWriter
 from hf_r2.refine import reestimate_batch_norm
 from hf_r2.report import Manifest
 
@@ -277,6 +278,16 @@ def break_manifest(monkeypatch, error):
 
 
 def break_weights(monkeypatch, error):
+    original = TensorWriter.write
+
+    def write(self, name, tensor):
+        original(self, name, tensor)
+        raise error
+
+    monkeypatch.setattr(TensorWriter, "write", write)
+
+
+def break_whole_model(monkeypatch, error):
     original = PreTrainedModel.save_pretrained
 
     def save(self, directory, **kwargs):
@@ -292,7 +303,7 @@ def break_renaming(monkeypatch, error):
     original = os.rename
 
     def rename(self, target):
-        if ".partial-" in self.name:
+        if self.name.startswith(".out."):
             raise error
         original(self, target)
 
@@ -300,18 +311,31 @@ def break_renaming(monkeypatch, error):
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)
-@pytest.mark.parametrize("interruption", [break_weights, break_manifest, break_renaming])
-def test_an_interrupted_save_leaves_the_old_checkpoint_and_no_scratch(
-    interruption, error, source, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("interruption", "refine", "left"),
+    [
+        (break_weights, [], []),
+        (break_manifest, [], [".out.unfinished"]),
+        (break_renaming, [], [".out.unfinished"]),
+        (break_whole_model, ["equalize"], []),
+        (break_manifest, ["equalize"], []),
+        (break_renaming, ["equalize"], []),
+    ],
+)
+def test_an_interrupted_save_leaves_the_old_checkpoint_and_only_what_is_finished(
+    interruption, refine, left, error, source, tmp_path, monkeypatch
 ):
     before = state(quantize(source, tmp_path / "out", **PALETTE))
     files = contents(tmp_path / "out")
     interruption(monkeypatch, error)
     with pytest.raises(type(error)):
-        quantize(source, tmp_path / "out", method="uniform", bits=4)
+        quantize(source, tmp_path / "out", method="uniform", bits=4, refine=refine)
     monkeypatch.undo()
     assert contents(tmp_path / "out") == files
     assert_same_tensors(state(load("resnet", tmp_path / "out")), before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*left, "float", "out"]
+    after = state(quantize(source, tmp_path / "out", method="uniform", bits=4, refine=refine))
+    assert_same_tensors(state(load("resnet", tmp_path / "out")), after)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "out"]
 
 
@@ -322,28 +346,24 @@ def test_an_interrupted_first_save_leaves_nothing(source, tmp_path, monkeypatch)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["float"]
 
 
-# Writes half of the weights' file, says so and waits for its end
+# Writes some of the weights' file, says so and waits for its end
 KILLED = """
 import sys
 import time
-from pathlib import Path
-
-from transformers import PreTrainedModel
 
 from hf_r2 import R2QuantizationConfig, R2Quantizer
+from hf_r2.quantization.tensor_files import TensorWriter
 
-save = PreTrainedModel.save_pretrained
+write = TensorWriter.write
 
 
-def save_half(self, directory, **kwargs):
-    save(self, directory, **kwargs)
-    file = Path(directory, "model.safetensors")
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+def write_one(self, name, tensor):
+    write(self, name, tensor)
     print("half", flush=True)
     time.sleep(600)
 
 
-PreTrainedModel.save_pretrained = save_half
+TensorWriter.write = write_one
 R2Quantizer.from_pretrained(sys.argv[1]).quantize(sys.argv[2], R2QuantizationConfig("uniform", bits=4))
 """
 
@@ -360,7 +380,7 @@ def test_a_process_killed_while_it_writes_leaves_the_old_checkpoint(source, tmp_
         text=True,
     ) as process:
         assert process.stdout.readline() == "half\n"
-        assert any(path.name.startswith(".out.partial-") for path in tmp_path.iterdir())
+        assert (tmp_path / ".out.unfinished").exists()
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert contents(out) == files

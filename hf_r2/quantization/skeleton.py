@@ -1,0 +1,54 @@
+"""The structure of a checkpoint's model, without its weights."""
+
+import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+
+def float_model_class(source: str) -> type[PreTrainedModel]:
+    """Return the class of the model that a float checkpoint holds.
+
+    Args:
+        source: directory or Hub name.
+
+    Raises:
+        ValueError: if it is already quantized, or does not say which model class it holds.
+    """
+    config = AutoConfig.from_pretrained(source)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{source} is already quantized; name the float checkpoint it was made from")
+    return architecture_class(config, source)
+
+
+def skeleton(source: str) -> PreTrainedModel:
+    """Build the model of a checkpoint on the meta device: modules, names and shapes, and no weights.
+
+    Args:
+        source: directory or Hub name of a float or a compressed checkpoint.
+
+    Raises:
+        ValueError: if it does not say which model class it holds.
+    """
+    config = AutoConfig.from_pretrained(source)
+    model_class = architecture_class(config, source)
+    dtype = config.dtype
+    with torch.device("meta"):
+        model = model_class(config)
+    config.dtype = dtype
+    return model
+
+
+def architecture_class(config: PretrainedConfig, source: str) -> type[PreTrainedModel]:
+    """Return the model class that a checkpoint's config names.
+
+    Raises:
+        ValueError: if transformers has no such class.
+    """
+    architecture = (config.architectures or [None])[0]
+    model_class = getattr(transformers, architecture or "", None)
+    if model_class is None:
+        raise ValueError(
+            f"{source} names the architecture {architecture!r}, which this transformers does not have: "
+            "save it with save_pretrained of a transformers model class"
+        )
+    return model_class
