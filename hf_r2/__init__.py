@@ -8,7 +8,7 @@ from hf_r2 import losses
 from hf_r2.codecs import decode, encode
 from hf_r2.losses import RangeLoss
 from hf_r2.projection import RangeProjection
-from hf_r2.quantization import R2QuantizationConfig, R2Quantizer, attach, finalize
+from hf_r2.quantization import R2QuantizationConfig, R2Quantizer, attach, finalize, keep_packed
 from hf_r2.report.statistics import weight_statistics
 from hf_r2.selection import select_weights
 from hf_r2.training import R2Mixin, R2Trainer, R2TrainingArguments
@@ -27,6 +27,7 @@ __all__ = [
     "decode",
     "encode",
     "finalize",
+    "keep_packed",
     "losses",
     "select_weights",
     "weight_statistics",

@@ -43,33 +43,38 @@ def _clear_errors() -> Iterator[None]:
 
 @app.command()
 def inspect(
-    model: ModelPath, as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False
+    model: Annotated[str, typer.Argument(help="Directory or Hub name of a float or compressed checkpoint.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    png: Annotated[Path | None, typer.Option(help="Also draw crest factors and SQNR to this file.")] = None,
 ) -> None:
-    """Show the statistics of a model's weights.
+    """Show the statistics of a model's weights, read from its files one by one.
 
     Example: hf-r2 inspect me/model
     """
-    from hf_r2.quantization.quantizer import load_float_model
-    from hf_r2.report.statistics import weight_statistics
+    from hf_r2.report.inspection import inspect_checkpoint
+    from hf_r2.report.plots import weight_profile
     from hf_r2.report.tables import markdown_table
 
     with _clear_errors():
-        statistics = weight_statistics(load_float_model(model))
+        inspected = list(inspect_checkpoint(model))
+        if png is not None:
+            weight_profile([weight.statistics for weight in inspected], png)
     if as_json:
-        typer.echo(json.dumps([asdict(weight) for weight in statistics]))
+        typer.echo(json.dumps([{**asdict(w.statistics), "bits_per_weight": w.bits_per_weight} for w in inspected]))
         return
-    header = ("weight", "shape", "range", "crest factor", "kurtosis", "2-bit SQNR (dB)", "4-bit SQNR (dB)")
+    header = ("weight", "shape", "bits", "range", "crest factor", "kurtosis", "2-bit SQNR (dB)", "4-bit SQNR (dB)")
     rows = [
         (
-            weight.name,
-            "×".join(map(str, weight.shape)),
-            f"{weight.range:.4g}",
-            f"{weight.crest_factor:.2f}",
-            f"{weight.kurtosis:.2f}",
-            f"{weight.sqnr[2]:.1f}",
-            f"{weight.sqnr[4]:.1f}",
+            weight.statistics.name,
+            "×".join(map(str, weight.statistics.shape)),
+            f"{weight.bits_per_weight:.4g}",
+            f"{weight.statistics.range:.4g}",
+            f"{weight.statistics.crest_factor:.2f}",
+            f"{weight.statistics.kurtosis:.2f}",
+            f"{weight.statistics.sqnr[2]:.1f}",
+            f"{weight.statistics.sqnr[4]:.1f}",
         )
-        for weight in statistics
+        for weight in inspected
     ]
     typer.echo(markdown_table(header, rows))
 

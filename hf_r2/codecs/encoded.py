@@ -1,5 +1,6 @@
 """One weight through its codec and back."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol
@@ -11,6 +12,8 @@ from hf_r2.codecs import least_squares, palette, uniform
 from hf_r2.codecs.bitpack import pack, packed_size, unpack
 from hf_r2.codecs.settings import METHODS, CodecSettings
 from hf_r2.grain import Grain
+
+_BAND = 1 << 20  # elements decoded at a time
 
 CODECS: dict[str, ModuleType] = dict(zip(METHODS, (uniform, palette, least_squares), strict=True))
 
@@ -126,6 +129,36 @@ def decode(encoded: Encoded) -> Tensor:
     Raises:
         ValueError: if the packed codes do not fit the shape.
     """
-    codes = unpack(encoded.codes, encoded.bits, encoded.code_count)
-    codec = CODECS[encoded.settings.method]
-    return codec.dequantize(codes, encoded.codebook, encoded.settings, encoded.shape).to(encoded.dtype)
+    weight = torch.empty(encoded.shape, dtype=encoded.dtype, device=encoded.codes.device)
+    start = 0
+    for band in bands(encoded):
+        codes = unpack(band.codes, band.bits, band.code_count)
+        restored = CODECS[band.settings.method].dequantize(codes, band.codebook, band.settings, band.shape)
+        weight[start : start + len(restored)] = restored
+        start += len(restored)
+    return weight
+
+
+def bands(encoded: Encoded) -> Iterator[Encoded]:
+    """Cut a large compressed weight into some output channels at a time, so that what decodes it stays small.
+
+    Vectors, and groups that do not divide a channel, do not follow the channels: such a weight stays whole.
+    """
+    channels, inputs = encoded.shape[0], torch.Size(encoded.shape[1:]).numel()
+    settings = encoded.settings
+    # Eight channels fill whole bytes
+    rows = max(8, _BAND // max(inputs, 1) // 8 * 8)
+    followed = settings.grain in ("tensor", "channel") or inputs % int(settings.grain) == 0
+    if rows >= channels or settings.cluster_dim not in (None, 1) or not followed:
+        yield encoded
+        return
+    if len(encoded.codes) != packed_size(encoded.code_count, encoded.bits):
+        raise ValueError(f"the packed codes do not fit the shape {tuple(encoded.shape)}")
+    octets = rows * inputs * settings.bits // 8
+    groups = 1 if settings.grain == "channel" else 0 if settings.grain == "tensor" else inputs // int(settings.grain)
+    for start in range(0, channels, rows):
+        count = min(rows, channels - start)
+        codes = encoded.codes[start // rows * octets :][: packed_size(count * inputs, settings.bits)]
+        part = slice(start * groups, (start + count) * groups) if groups else slice(None)
+        codebook = {key: tensor[part] for key, tensor in encoded.codebook.items()}
+        yield Encoded(codes, codebook, torch.Size((count, *encoded.shape[1:])), encoded.dtype, settings)

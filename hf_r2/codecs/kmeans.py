@@ -30,8 +30,8 @@ def kmeans_1d(values: Tensor, k: int) -> Tensor:
         Sorted cluster means, float32, `(rows, k)`, on the device of the values.
     """
     values = values.detach()
-    if len(values) == 1 and countable(values):
-        tables = [_solve_counted(*(each.numpy() for each in count_values(values)), k)]
+    if len(values) == 1 and countable(values.dtype, values.numel()):
+        tables = [_solve_counted(*(each.numpy() for each in count_values([values], values.dtype)), k)]
     else:
         rows = max(1, _CHUNK_POINTS // min(values.shape[1], EXACT_POINTS))
         tables = [_solve(_ascending(chunk), k) for chunk in values.split(rows)]

@@ -1,5 +1,7 @@
 """Weights of 16 bits, counted by value: at most 2^16 numbers stand for all elements, whatever their number."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -9,25 +11,26 @@ MANY = 1 << 17
 _CHUNK = 1 << 20  # elements counted at a time
 
 
-def countable(weight: Tensor) -> bool:
+def countable(dtype: torch.dtype, numel: int) -> bool:
     """Tell whether a weight has so many elements of so few bits that counting them is worthwhile."""
-    return weight.dtype in (torch.bfloat16, torch.float16) and weight.numel() >= MANY
+    return dtype in (torch.bfloat16, torch.float16) and numel >= MANY
 
 
-def count_values(weight: Tensor) -> tuple[Tensor, Tensor]:
+def count_values(parts: Iterable[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Count the elements of each value; both zeros are one value.
 
     Args:
-        weight: bfloat16 or float16, any shape.
+        parts: a weight, or parts of one, of any shape.
+        dtype: of the weight: bfloat16 or float16.
 
     Returns:
         The values that occur, ascending and in float64, and how often each does, int64: both `(values,)`, on the CPU.
     """
-    patterns = weight.detach().reshape(-1).view(torch.int16)
     counts = torch.zeros(1 << 16, dtype=torch.int64)
-    for chunk in patterns.split(_CHUNK):
-        counts += torch.bincount(chunk.int() + (1 << 15), minlength=1 << 16).cpu()
-    values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(weight.dtype).double()
+    for part in parts:
+        for chunk in part.detach().reshape(-1).view(torch.int16).split(_CHUNK):
+            counts += torch.bincount(chunk.int() + (1 << 15), minlength=1 << 16).cpu()
+    values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype).double()
     zero, negative_zero = 1 << 15, 0
     counts[zero] += counts[negative_zero]
     counts[negative_zero] = 0

@@ -10,6 +10,7 @@ from transformers.quantizers.auto import (
 from hf_r2.quantization.attach import attach, attached, detach, finalize, start_compression
 from hf_r2.quantization.config import QUANT_METHOD, R2QuantizationConfig
 from hf_r2.quantization.hf_quantizer import R2HfQuantizer, compress
+from hf_r2.quantization.packed import keep_packed
 from hf_r2.quantization.quantizer import R2Quantizer
 
 # Reloading the module must not fail on what is registered already
@@ -27,5 +28,6 @@ __all__ = [
     "compress",
     "detach",
     "finalize",
+    "keep_packed",
     "start_compression",
 ]

@@ -89,6 +89,8 @@ class R2QuantizationConfig(QuantizationConfigMixin):
         known = (*_CODEC_OPTIONS, "overrides", "include", "skip", "min_numel", *_TRAINED, "refine")
         _refuse_unknown(unknown, known, "R2QuantizationConfig")
         self.quant_method = QUANT_METHOD
+        if aware is not None and aware not in tuple(AWARE_METHODS):
+            raise ValueError(f"unknown method aware={aware!r}: use one of {', '.join(AWARE_METHODS)}")
         if grid is None and symmetric is not False and method == "uniform" and aware in AWARE_GRIDS:
             grid = "midrise" if bits == 1 else AWARE_GRIDS[aware]
         base = CodecSettings(method, bits, grain, symmetric, grid, range, cluster_dim, basis, percentile)
@@ -99,13 +101,12 @@ class R2QuantizationConfig(QuantizationConfigMixin):
         self.skip = _strings(skip, "skip")
         self.min_numel = min_numel
         self.aware = aware
-        self.aware_options = dict(aware_options or {})
+        self.aware_options = dict(_mapping(aware_options or {}, "aware_options"))
         self.refine = in_order(_strings(refine, "refine") or ())
         self._check_aware()
         self.activations = None
         if activations is not None:
-            _refuse_unknown(activations, ActivationSettings.names(), "activations")
-            self.activations = ActivationSettings(**activations).to_dict()
+            self.activations = _checked(ActivationSettings, activations, "activations").to_dict()
         if self.aware == "pact" and (self.activations or {}).get("method") != "pact":
             raise ValueError(
                 "aware='pact' clips inputs, and quantizes weights as dorefa does: add activations={'method': 'pact', "
@@ -131,15 +132,11 @@ class R2QuantizationConfig(QuantizationConfigMixin):
         beside = [step for step in self.refine if step != "batch_norm"]
         if beside:
             raise ValueError(f"refine={beside} is for post-training compression: remove it, or aware={self.aware!r}")
-        if self.aware not in AWARE_METHODS:
-            raise ValueError(f"unknown method aware={self.aware!r}: use one of {', '.join(AWARE_METHODS)}")
         codec = AWARE_METHODS[self.aware]
         if self.method != codec:
             raise ValueError(f"aware={self.aware!r} trains the codec {codec!r}: set method={codec!r}")
         if self.aware in AWARE_OPTIONS:
-            options = AWARE_OPTIONS[self.aware]
-            _refuse_unknown(self.aware_options, options.names(), "aware_options")
-            options(**self.aware_options)
+            _checked(AWARE_OPTIONS[self.aware], self.aware_options, "aware_options")
         elif self.aware_options:
             raise ValueError(f"aware_options={self.aware_options}: aware={self.aware!r} has none; leave them out")
 
@@ -208,6 +205,21 @@ def _strings(values: Any, option: str) -> list[str] | None:
     if not isinstance(values, Sequence) or not all(isinstance(value, str) for value in values):
         raise ValueError(f"{option} is a list of {kind}, got {values!r}")
     return list(values)
+
+
+def _mapping(value: Any, option: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{option} maps names to values, got {value!r}")
+    return value
+
+
+def _checked(kind: Any, options: Any, option: str) -> Any:
+    """Build settings of a kind, which check themselves; a value that cannot even be compared is refused too."""
+    _refuse_unknown(_mapping(options, option), kind.names(), option)
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise ValueError(f"{option}={options!r} has a value of another type than is asked for ({error})") from error
 
 
 def _refuse_unknown(keys: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -1,6 +1,7 @@
 """The transformers quantizer behind `from_pretrained` and `save_pretrained`; the format is on FORMAT.md."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 
 from hf_r2.aware.activations import (
@@ -21,6 +23,8 @@ from hf_r2.codecs import Encoded, decode, encode
 from hf_r2.codecs.encoded import blank
 from hf_r2.quantization.config import R2QuantizationConfig
 from hf_r2.quantization.integrity import content_digests, verify_content, verify_layout, verify_settings
+from hf_r2.quantization.packed import is_packed, keeps_packed, pack, unpack_model
+from hf_r2.quantization.workers import start_workers
 from hf_r2.refine import refine_floats, refuse_steps_with_data
 from hf_r2.selection import matches, output_first, require_match, select_weights
 
@@ -52,7 +56,7 @@ class R2HfQuantizer(HfQuantizer):
         for pattern, _ in config.overrides:
             require_match(pattern, list(selected))
         for name, (module, attribute) in selected.items():
-            if attribute not in module._parameters:
+            if attribute not in module._parameters and not is_packed(module):
                 raise ValueError(
                     f"weight {name!r} is computed by a parametrization such as weight normalization and cannot be "
                     f"compressed: remove the parametrization, or put {name!r} into skip"
@@ -113,19 +117,47 @@ class R2HfQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._collect(selection)
             verify_content(*self._tensors(model), self.quantization_config.sha256)
-        weights = tqdm(selection.items(), desc="Compressing", unit="weight", disable=self.pre_quantized)
-        for name, (module, attribute) in weights:
-            if not self.pre_quantized and name not in self.encoded:
-                weight = output_first(module, getattr(module, attribute))
-                self.encoded[name] = encode(weight, self.quantization_config, name)
-            decoded = output_first(module, decode(self.encoded[name])).contiguous()
-            setattr(module, attribute, nn.Parameter(decoded))
+        packed = keeps_packed()  # the threads have contexts of their own
+        with start_workers() as workers:
+            results = workers.in_order(partial(self._restored, decoding=not packed), selection.items())
+            for name, encoded, decoded in tqdm(
+                results, total=len(selection), desc="Compressing", unit="weight", disable=self.pre_quantized
+            ):
+                module, attribute = selection[name]
+                self.encoded[name] = encoded
+                if decoded is None:
+                    pack(module, encoded, turned=isinstance(module, Conv1D))
+                else:
+                    setattr(module, attribute, nn.Parameter(decoded))
         self.quantize_inputs(model, selection)
-        model.tie_weights()
+        if packed:
+            self._tie_packed(model)
+            model.requires_grad_(False)
+        else:
+            model.tie_weights()
         # transformers would merge or split weights back into the layout of older checkpoints, and codes with them
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [entry for entry in conversions if not isinstance(entry, WeightConverter)]
         return model
+
+    def _restored(
+        self, selected: tuple[str, tuple[nn.Module, str]], decoding: bool
+    ) -> tuple[str, Encoded, Tensor | None]:
+        """Encode a selected weight that has no codes yet, and decode it unless it is to stay packed."""
+        name, (module, attribute) = selected
+        encoded = self.encoded.get(name)
+        if encoded is None:
+            encoded = encode(output_first(module, getattr(module, attribute)), self.quantization_config, name)
+        return name, encoded, output_first(module, decode(encoded)).contiguous() if decoding else None
+
+    def _tie_packed(self, model: PreTrainedModel) -> None:
+        """Tie weights as `tie_weights` does, where codes stand for some of them."""
+        for name, source in model.all_tied_weights_keys.items():
+            module, attribute = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            if source in self.encoded:
+                pack(module, self.encoded[source], turned=False)
+            else:
+                setattr(module, attribute, model.get_parameter(source))
 
     def _collect(self, selection: dict[str, tuple[nn.Module, str]]) -> None:
         """Move the loaded codes and codebooks off the modules."""
@@ -148,6 +180,8 @@ class R2HfQuantizer(HfQuantizer):
         for name in selection.keys() ^ self.encoded.keys():
             raise ValueError(f"weight {name!r} came or went after compression: compress the changed model again")
         for name, (module, attribute) in selection.items():
+            if is_packed(module):
+                continue
             decoded = output_first(module, decode(self.encoded[name]))
             weight = getattr(module, attribute)
             if not torch.equal(decoded.to(weight), weight):
@@ -165,11 +199,17 @@ class R2HfQuantizer(HfQuantizer):
         for name, encoded in self.encoded.items():
             codes.update(encoded.tensors(name))
         left_out = codes.keys() | unsaved(model)
-        rest = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+        rest = {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if name not in left_out and not name.endswith(".parametrizations.weight.original")
+        }
         return codes, rest
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """Keep the decoded float weights, and let go of the codes and of the quantizers of inputs."""
+        unpack_model(model)
+        model.tie_weights()
         self.encoded.clear()
         release_inputs(model)
         if isinstance(dtype, str):  # as save_pretrained leaves config.dtype

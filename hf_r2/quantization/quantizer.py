@@ -137,7 +137,7 @@ class R2Quantizer(OptimumQuantizer):
             save_dir: where the compressed checkpoint goes; what is unfinished lies beside it, in
                 `.<its name>.unfinished`.
             quantization_config: how the weights are compressed, without steps of `refine`.
-            workers: threads, each of which compresses one tensor at a time; one for each core without.
+            workers: threads, each of which compresses one tensor at a time; as many as torch may use without.
 
         Returns:
             The directory.

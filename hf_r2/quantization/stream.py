@@ -7,17 +7,12 @@ the same source and config begins with the shards that are there.
 
 import hashlib
 import json
-import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
@@ -40,12 +35,11 @@ from hf_r2.quantization.tensor_files import (
     checkpoint_files,
     stored_tensors,
 )
+from hf_r2.quantization.workers import Workers, start_workers
 from hf_r2.report.facts import weight_facts
 from hf_r2.selection import output_first
 
 RECORD = ".progress.json"
-
-Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class NotStreamable(ValueError):
@@ -169,7 +163,7 @@ def run_stream(plan: Plan, source: str, scratch: Path, workers: int | None = Non
         plan: see [`plan_stream`].
         source: the float checkpoint, for its generation config.
         scratch: the directory.
-        workers: threads that encode, each with one tensor at a time; as many as cores without.
+        workers: threads that encode, each with one tensor at a time; as many as torch may use without.
     """
     record = _Record(scratch)
     sizes = {
@@ -180,7 +174,7 @@ def run_stream(plan: Plan, source: str, scratch: Path, workers: int | None = Non
     done = sum(sizes.values()) - sum(sizes[shard] for shard in left)
     with (
         tqdm(total=sum(sizes.values()), initial=done, desc="Compressing", unit=" weights", unit_scale=True) as bar,
-        _workers(workers or os.cpu_count() or 1) as pool,
+        start_workers(workers) as pool,
     ):
         for shard in left:
             record.add(shard, _write_shard(plan, shard, scratch / shard, pool, bar))
@@ -190,7 +184,7 @@ def run_stream(plan: Plan, source: str, scratch: Path, workers: int | None = Non
     return Streamed(config, [facts[name] for name in plan.weights], record.seconds)
 
 
-def _write_shard(plan: Plan, shard: str, path: Path, pool: "_Pool", bar: tqdm) -> list[dict[str, Any]]:
+def _write_shard(plan: Plan, shard: str, path: Path, pool: Workers, bar: tqdm) -> list[dict[str, Any]]:
     tensors = plan.shards[shard]
     weights = [name for name in tensors if name in plan.weights]
     layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items() if name not in plan.weights}
@@ -303,31 +297,3 @@ def file_digest(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class _Pool:
-    """Threads that each work on one item at a time, with torch on one thread each."""
-
-    def __init__(self, executor: ThreadPoolExecutor, workers: int) -> None:
-        self._executor, self._workers = executor, workers
-
-    def in_order(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Yield the results in the order of the items, of which no more are begun than there are threads, and one."""
-        begun: deque[Future[Result]] = deque()
-        for item in items:
-            if len(begun) > self._workers:
-                yield begun.popleft().result()
-            begun.append(self._executor.submit(function, item))
-        while begun:
-            yield begun.popleft().result()
-
-
-@contextmanager
-def _workers(count: int) -> Iterator[_Pool]:
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as executor:
-        try:
-            yield _Pool(executor, count)
-        finally:
-            executor.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_r2.codecs import Encoded, decode
+from hf_r2.codecs.encoded import bands
 from hf_r2.codecs.error import decibels, energies
 from hf_r2.report.statistics import moments, tensor_statistics
 
@@ -20,13 +21,17 @@ def weight_facts(name: str, weight: Tensor, shape: Sequence[int], encoded: Encod
         shape: shape of the parameter.
         encoded: the compressed weight.
     """
-    decoded = decode(encoded)
-    signal, noise = energies(weight, decoded)
+    signal = noise = 0.0
+    start = 0
+    for band in bands(encoded):
+        decoded = decode(band)
+        energy = energies(weight[start : start + len(decoded)], decoded)
+        signal, noise, start = signal + energy[0], noise + energy[1], start + len(decoded)
     return {
         **asdict(tensor_statistics(name, weight, shape)),
         "codec": encoded.settings.to_dict(),
         "bits_per_weight": encoded.bits_per_weight,
         "mse": noise / weight.numel(),
         "compressed_sqnr": decibels(signal, noise),
-        "compressed": moments(decoded),
+        "compressed": moments(encoded),
     }

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_r2.report.statistics import WeightStatistics
+
 BINS = 121
 _FLOAT_COLOR, _COMPRESSED_COLOR = "#8da0cb", "#d1495b"
 
@@ -45,6 +47,32 @@ def weight_histograms(
         axis.legend(loc="upper right", frameon=False, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("weight / rms of its tensor")
+    figure.savefig(path)
+    return Path(path)
+
+
+def weight_profile(statistics: Sequence[WeightStatistics], path: str | os.PathLike[str]) -> Path:
+    """Draw the crest factor and the SQNR of every weight, in the order of the model.
+
+    Args:
+        statistics: of at least one weight.
+        path: PNG file to write.
+
+    Returns:
+        The path.
+    """
+    figure = matplotlib.figure.Figure(figsize=(8, 5), dpi=130, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    upper.plot([weight.crest_factor for weight in statistics], ".-", color=_FLOAT_COLOR)
+    upper.set_yscale("log")
+    upper.set_ylabel("crest factor")
+    for bits, color in ((2, _COMPRESSED_COLOR), (4, _FLOAT_COLOR)):
+        lower.plot([weight.sqnr[bits] for weight in statistics], ".-", color=color, label=f"{bits}-bit")
+    lower.set_ylabel("SQNR (dB)")
+    lower.set_xlabel("weight, in the order of the model")
+    lower.legend(frameon=False, fontsize=9)
+    for axis in (upper, lower):
+        axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
     return Path(path)
 

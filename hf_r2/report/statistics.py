@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_r2.codecs import CodecSettings
-from hf_r2.codecs.encoded import require_finite
+from hf_r2.codecs import CodecSettings, Encoded, decode
+from hf_r2.codecs.encoded import bands, require_finite
 from hf_r2.codecs.error import decibels
 from hf_r2.codecs.uniform import grid_of, nearest, symmetric_offset
 from hf_r2.codecs.value_counts import count_values, countable
 from hf_r2.grain import pieces
-from hf_r2.selection import output_first, select_weights
+from hf_r2.selection import select_weights
 
 SQNR_BITS = (2, 3, 4, 8)
 
@@ -57,11 +57,8 @@ def weight_statistics(
     Raises:
         ValueError: for an empty selection and for weights with NaN or infinite values.
     """
-    statistics = []
-    for name, (module, attribute) in select_weights(model, include, exclude, min_numel).items():
-        parameter = getattr(module, attribute)
-        statistics.append(tensor_statistics(name, output_first(module, parameter), parameter.shape))
-    return statistics
+    selection = select_weights(model, include, exclude, min_numel)
+    return [tensor_statistics(name, getattr(module, attribute)) for name, (module, attribute) in selection.items()]
 
 
 @torch.no_grad()
@@ -88,8 +85,8 @@ def tensor_statistics(name: str, weight: Tensor, shape: Sequence[int] | None = N
     )
 
 
-def moments(weight: Tensor) -> dict[str, float]:
-    """Return min, max, rms, crest factor and kurtosis of a weight; see [`WeightStatistics`]."""
+def moments(weight: Tensor | Encoded) -> dict[str, float]:
+    """Return min, max, rms, crest factor and kurtosis of a weight, also a compressed one; see [`WeightStatistics`]."""
     return Values(weight).moments()
 
 
@@ -97,49 +94,57 @@ class Values:
     """The elements of a weight, in pieces that stay in the cache; where many have 16 bits, once for each value.
 
     Args:
-        weight: finite, any float dtype and shape.
+        weight: finite, any float dtype and shape; a compressed one is decoded some channels at a time.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight.detach()
-        self._counted = count_values(self._weight) if countable(self._weight) else None
+    def __init__(self, weight: Tensor | Encoded) -> None:
+        self._weight = weight
+        self._count = weight.numel() if isinstance(weight, Tensor) else weight.shape.numel()
+        counting = countable(weight.dtype, self._count)
+        self._counted = count_values(self._parts(), weight.dtype) if counting else None
+        ends = [torch.stack(values.aminmax()) for values, _ in self]
+        self._low, self._high = min(end[0].item() for end in ends), max(end[1].item() for end in ends)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _parts(self) -> Iterator[Tensor]:
+        if isinstance(self._weight, Tensor):
+            yield self._weight.detach()
+        else:
+            yield from map(decode, bands(self._weight))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | float]]:
         """Yield elements in float64, and how often each counts."""
         if self._counted is not None:
             yield self._counted
             return
-        one = torch.ones((), dtype=torch.float64, device=self._weight.device)
-        for _, (piece,) in pieces(self._weight.reshape(1, -1)):
-            yield piece[0].double(), one
+        for part in self._parts():
+            for _, (piece,) in pieces(part.reshape(1, -1)):
+                yield piece[0].double(), 1.0
 
     @torch.no_grad()
     def moments(self) -> dict[str, float]:
         """Return min, max, rms, crest factor and kurtosis."""
-        low, high = (end.item() for end in self._weight.aminmax())
-        count = self._weight.numel()
-        mean = sum((values * times).sum().item() for values, times in self) / count
+        mean = sum((values * times).sum().item() for values, times in self) / self._count
         square = second = fourth = 0.0
         for values, times in self:
             square += (values.square() * times).sum().item()
             deviations = (values - mean).square_()
             second += (deviations * times).sum().item()
             fourth += (deviations.square_() * times).sum().item()
-        rms, variance = math.sqrt(square / count), second / count
+        rms, variance = math.sqrt(square / self._count), second / self._count
         return {
-            "min": low,
-            "max": high,
+            "min": self._low,
+            "max": self._high,
             "rms": rms,
-            "crest_factor": max(-low, high) / rms if rms > 0 else 0.0,
+            "crest_factor": max(-self._low, self._high) / rms if rms > 0 else 0.0,
             # Equal values leave no variance but rounding
-            "kurtosis": fourth / count / variance**2 if low < high and variance**2 > 0 else 0.0,
+            "kurtosis": fourth / self._count / variance**2 if self._low < self._high and variance**2 > 0 else 0.0,
         }
 
     @torch.no_grad()
     def sqnr(self, bits: int) -> float:
         """Return the SQNR in dB of what the uniform codec makes of the weight, with one symmetric min-max grid."""
         settings = CodecSettings("uniform", bits, "tensor")
-        scale, _ = grid_of(*(end.float()[None] for end in self._weight.aminmax()), settings)
+        scale, _ = grid_of(torch.tensor([self._low]).float(), torch.tensor([self._high]).float(), settings)
         offset = symmetric_offset(settings)
         signal = noise = 0.0
         for values, times in self:

@@ -5,6 +5,7 @@ from torch import nn
 
 from hf_r2.codecs import CODECS, METHODS, CodecSettings, decode, encode, mse, sqnr
 from hf_r2.codecs.bitpack import packed_size
+from hf_r2.codecs.encoded import bands
 
 SHAPES = {
     "linear": nn.Linear(20, 6).weight.shape,
@@ -236,3 +237,29 @@ def test_tiny_errors_do_not_underflow():
     weight = torch.tensor([1e-30, 2e-30])
     assert mse(weight, torch.zeros(2)) == pytest.approx(2.5e-60, rel=1e-6)
     assert sqnr(weight, torch.tensor([1e-30, 1e-30])) == pytest.approx(10 * np.log10(5), rel=1e-6)
+
+
+@pytest.mark.parametrize("grain", ["tensor", "channel", 5, 7])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "uniform", "bits": 3, "symmetric": False},
+        {"method": "palette", "bits": 3},
+        {"method": "palette", "bits": 3, "cluster_dim": 2},
+        {"method": "least_squares", "bits": 3},
+    ],
+    ids=str,
+)
+def test_bands_of_channels_decode_to_the_whole(settings, grain, monkeypatch):
+    torch.manual_seed(0)
+    weight = torch.randn(37, 5, 3)
+    compressed = encode(weight, CodecSettings(**settings, grain=grain))
+    (whole,) = bands(compressed)
+    assert whole is compressed
+    expected = decode(compressed)
+    monkeypatch.setattr("hf_r2.codecs.encoded._BAND", 200)
+    parts = list(bands(compressed))
+    follows = grain != 7 and "cluster_dim" not in settings
+    assert [part.shape[0] for part in parts] == ([8, 8, 8, 8, 5] if follows else [37])
+    assert torch.equal(decode(compressed), expected)
+    assert torch.equal(torch.cat([decode(part) for part in parts]), expected)

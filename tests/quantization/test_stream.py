@@ -24,6 +24,7 @@ from hf_r2 import R2QuantizationConfig, R2Quantizer
 from hf_r2.quantization import compress, quantizer, stream
 from hf_r2.quantization.quantizer import load_float_model
 from hf_r2.quantization.stream import NotStreamable, plan_stream
+from hf_r2.quantization.workers import start_workers
 from hf_r2.report import Manifest
 
 RENAMED = ("videomae", "vit")  # transformers reads and writes their files under other names than its modules have
@@ -111,7 +112,7 @@ def test_the_number_of_workers_changes_nothing(workers, shards, tmp_path):
 
 def test_no_more_tensors_are_begun_than_there_are_workers_and_one():
     begun, finished = [], []
-    with stream._workers(2) as pool:
+    with start_workers(2) as pool:
         for result in pool.in_order(lambda item: begun.append(item) or item, range(20)):
             finished.append(result)
             assert len(begun) <= len(finished) + 3

@@ -1,0 +1,102 @@
+"""Statistics of the weights in a checkpoint's files, one tensor at a time and without the model."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from hf_r2.codecs import decode
+from hf_r2.codecs.encoded import blank
+from hf_r2.quantization.config import R2QuantizationConfig
+from hf_r2.quantization.skeleton import skeleton
+from hf_r2.quantization.tensor_files import DTYPES, StoredTensor, checkpoint_files, stored_tensors
+from hf_r2.report.statistics import WeightStatistics, tensor_statistics
+from hf_r2.selection import output_first, select_weights
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """The statistics of one weight, and how it is stored.
+
+    Args:
+        statistics: of the weight; of a compressed one, decoded.
+        bits_per_weight: bits that it takes in the file, with its codebook.
+    """
+
+    statistics: WeightStatistics
+    bits_per_weight: float
+
+
+def inspect_checkpoint(source: str) -> Iterator[Inspected]:
+    """Measure the weights of a float or a compressed checkpoint one after another.
+
+    Weights are those that [`select_weights`] chooses, or that the checkpoint has compressed. Of a model that this
+    transformers does not know, or whose files name their tensors otherwise, they are all float tensors of at least two
+    dimensions.
+
+    Args:
+        source: directory or Hub name of a checkpoint in safetensors.
+
+    Raises:
+        ValueError: without safetensors files, for damaged ones, for a quantization that is not of hf_r2, and for
+            weights with NaN or infinite values.
+    """
+    stored = {name: tensor for file in checkpoint_files(source) for name, tensor in stored_tensors(file).items()}
+    quantization = _quantization(source)
+    if quantization is not None:
+        yield from _compressed(source, R2QuantizationConfig(**quantization), stored)
+        return
+    for name in _names(source, stored):
+        tensor = stored[name]
+        statistics = tensor_statistics(name, tensor.read())
+        yield Inspected(statistics, 8 * DTYPES[tensor.dtype].itemsize)
+
+
+def _quantization(source: str) -> dict[str, object] | None:
+    """Return the quantization config of a checkpoint; None for a float one, and for one without a known config."""
+    try:
+        return getattr(AutoConfig.from_pretrained(source), "quantization_config", None)
+    except (ValueError, OSError):
+        return None
+
+
+def _names(source: str, stored: dict[str, StoredTensor]) -> list[str]:
+    try:
+        names = list(select_weights(skeleton(source)))
+    except (ValueError, OSError):
+        names = []
+    if names and stored.keys() >= set(names):
+        return names
+    names = [name for name, tensor in stored.items() if len(tensor.shape) > 1 and _is_float(tensor)]
+    if not names:
+        raise ValueError(f"{source} holds no float tensor of two dimensions or more: there is nothing to inspect")
+    return names
+
+
+def _is_float(tensor: StoredTensor) -> bool:
+    return tensor.dtype in DTYPES and DTYPES[tensor.dtype].is_floating_point
+
+
+def _compressed(source: str, config: R2QuantizationConfig, stored: dict[str, StoredTensor]) -> Iterator[Inspected]:
+    model = skeleton(source)
+    dtype = getattr(torch, str(model.config.dtype).removeprefix("torch."))
+    for name, (module, attribute) in select_weights(model, config.include, config.skip, config.min_numel).items():
+        parameter = getattr(module, attribute)
+        encoded = blank(output_first(module, parameter).shape, dtype, config.settings_for(name))
+        tensors = {key: _like(key, tensor, stored) for key, tensor in encoded.tensors(name).items()}
+        encoded.codes = tensors.pop(name)
+        encoded.codebook = {key.removeprefix(f"{name}_"): tensor for key, tensor in tensors.items()}
+        statistics = tensor_statistics(name, output_first(module, decode(encoded)))
+        yield Inspected(statistics, encoded.bits_per_weight)
+
+
+def _like(name: str, expected: Tensor, stored: dict[str, StoredTensor]) -> Tensor:
+    """Read a tensor of a compressed weight, if it has the dtype and shape that the config asks for."""
+    found = stored.get(name)
+    if found is None or found.shape != tuple(expected.shape) or DTYPES.get(found.dtype) != expected.dtype:
+        raise ValueError(
+            f"the files do not hold {name!r} as config.json describes it: download or save the checkpoint again"
+        )
+    return found.read()
