@@ -6,22 +6,25 @@ import shutil
 import socket
 import tempfile
 
+import pytest
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
+hub_address = socket.socket()
+hub_address.bind(("127.0.0.1", 0))
 home = tempfile.mkdtemp(prefix="hf-home-")
 atexit.register(shutil.rmtree, home, ignore_errors=True)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # pytest runs several processes; each with all cores would only slow the others
 # No test reaches the real Hub, nor reads a user's token or cache; tests/hub/ serves a Hub at this address
-os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{_free_port()}"
+os.environ["HF_ENDPOINT"] = "http://{}:{}".format(*hub_address.getsockname())
 os.environ["HF_HOME"] = home
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 for variable in ("HF_TOKEN", "HF_OIDC_RESOURCE", "HF_HUB_CACHE"):
     os.environ.pop(variable, None)
+
+
+@pytest.fixture(scope="session")
+def hub_socket():
+    """The address that the client believes to be the Hub's, held from the start so that no other process takes it."""
+    return hub_address

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import hub_routes  # noqa: F401 (registers the calls)
 import hub_upload  # noqa: F401 (registers the calls)
@@ -20,9 +19,9 @@ from hf_r2.report import render_card
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
+def server(tmp_path_factory, hub_socket):
     assert os.environ["HF_ENDPOINT"] == constants.ENDPOINT  # the client reads it when it is imported
-    with LoopbackHub(tmp_path_factory.mktemp("loopback-hub"), urlsplit(constants.ENDPOINT).port) as server:
+    with LoopbackHub(tmp_path_factory.mktemp("loopback-hub"), hub_socket) as server:
         server.users |= {"hf_alice": User("alice"), "hf_bob": User("bob"), "hf_reader": User("rita", role="read")}
         yield server
 

@@ -1,6 +1,6 @@
 """A Hub on loopback for tests: HTTP, access and faults; hub_routes.py and hub_upload.py hold the calls it answers.
 
-    with LoopbackHub(folder, port) as hub:
+    with LoopbackHub(folder, bound_socket) as hub:
         hub.users["hf_alice"] = User("alice")
 
 It has two faces: the Hub itself, and a second origin that serves and takes large files by signed addresses, as the
@@ -50,7 +50,7 @@ class Fault:
 class LoopbackHub:
     """The server; `transport` says how weights travel: "lfs", "xet" or "regular" (inside the commit)."""
 
-    def __init__(self, root, port=0):
+    def __init__(self, root, hub_socket):
         self.store = Store(root)
         self.transport = "lfs"
         self.users = {}
@@ -59,7 +59,9 @@ class LoopbackHub:
         self.fault_lock = threading.Lock()
         self.secret = secrets.token_bytes(16)
         self.xet_tokens = {}
-        self._servers = [_Server(("127.0.0.1", number), self, face) for number, face in ((port, "hub"), (0, "storage"))]
+        storage_socket = socket.socket()
+        storage_socket.bind(("127.0.0.1", 0))
+        self._servers = [_Server(hub_socket, self, "hub"), _Server(storage_socket, self, "storage")]
         self.url, self.storage_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
 
     def __enter__(self):
@@ -97,9 +99,12 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, address, hub, face):
+    def __init__(self, bound, hub, face):
         self.hub, self.face, self.open = hub, face, set()
-        super().__init__(address, Handler)
+        super().__init__(bound.getsockname(), Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = bound
+        self.server_activate()
 
     def process_request(self, request, client_address):
         self.open.add(request)
