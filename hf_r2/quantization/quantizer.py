@@ -174,6 +174,7 @@ class R2Quantizer(OptimumQuantizer):
             "quantize",
             base_model=manifest.last("train").get("hub_model_id") or _base_model(self.source),
             license=_license(self.source),
+            model_class=float_model_class(self.source).__name__,
             quantization_config=config.to_dict(),
             weights=weights,
             bytes={"float": float_bytes, "compressed": weight_file_bytes(scratch)},

@@ -161,7 +161,7 @@ def _card_facts(manifest: Manifest) -> dict[str, Any]:
         "distillation": train.get("distillation"),
         "activation_sentence": _activation_sentence(config.get("activations")),
         "sources": _sources(config),
-        "model_class": evaluate.get("model_class"),
+        "model_class": evaluate.get("model_class") or quantize.get("model_class"),
         "pipeline_tag": evaluate.get("pipeline_tag"),
         "data": evaluate.get("data"),
         "rows": rows,

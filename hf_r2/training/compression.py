@@ -88,6 +88,7 @@ class TrainedCompression:
         else:
             compress(model, self.config)
         self.facts = {
+            "model_class": type(model).__name__,
             "quantization_config": self.config.to_dict(),
             "weights": self.floats.compared_with(model.hf_quantizer.encoded),
             "float_bytes": float_bytes,

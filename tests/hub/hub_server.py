@@ -62,7 +62,10 @@ class LoopbackHub:
         storage_socket = socket.socket()
         storage_socket.bind(("127.0.0.1", 0))
         self._servers = [_Server(hub_socket, self, "hub"), _Server(storage_socket, self, "storage")]
-        self.url, self.storage_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers)
+        # Two host names: clients follow a redirect with their token if it stays on one
+        names = ("127.0.0.1", "localhost")
+        ports = [server.server_address[1] for server in self._servers]
+        self.url, self.storage_url = (f"http://{name}:{port}" for name, port in zip(names, ports, strict=True))
 
     def __enter__(self):
         for server in self._servers:

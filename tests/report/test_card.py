@@ -234,3 +234,12 @@ def test_results_on_data_of_the_hub_are_written_as_the_hub_reads_them(checkpoint
     evaluate(checkpoint, row("toy", "3-bit", 0.6, published=True))
     render_card(checkpoint)
     assert list(results_of(checkpoint)) == ["org--others.yaml"], "earlier results do not stay"
+
+
+def test_the_lines_to_load_on_a_card_work(checkpoint):
+    text = render_card(checkpoint).text
+    program = text.split("```python\n")[1].split("```")[0]
+    assert "from transformers import ResNetForImageClassification" in program
+    variables = {}
+    exec(program.replace("<this repository or a local copy>", str(checkpoint)), variables)
+    assert variables["model"].hf_quantizer.encoded
