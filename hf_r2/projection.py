@@ -203,24 +203,29 @@ def _prox_limits(weight: LocalWeight, t: Tensor | float, before: Tensor | None =
     limits = yield from weight.maximum(torch.cat(starts))
     picked = cells.pick(limits, above=True)
     magnitudes, groups = picked.above(blocks, limits)
-    open_blocks = [b for b in picked.whole if not many[b]]
+    unsolved = [b for b in picked.whole if not many[b]]
     for _ in range(NEWTON_STEPS):
-        # Nothing found leaves a limit as it is
-        found = torch.zeros(len(limits), 2, dtype=torch.float64, device=limits.device)
-        if magnitudes.size:
-            more = np.maximum(magnitudes - limits.numpy()[groups], 0)
-            for column, each in enumerate((more, more > 0)):
-                found.numpy()[:, column] = np.bincount(groups, each, len(limits))
-        for b in open_blocks:
+        found = _excess_of_few(magnitudes, groups, limits)
+        for b in unsolved:
             weight.split(found)[b].copy_(excess(blocks[b], weight.split(limits)[b]))
         found = yield from weight.total(found)
         before, limits = limits, _newton_step(limits, found, t)
         # An accelerator takes all steps: to stop early, the host would have to wait for it
         if limits.is_cpu:
-            open_blocks = [b for b in open_blocks if not torch.equal(weight.split(limits)[b], weight.split(before)[b])]
+            unsolved = [b for b in unsolved if not torch.equal(weight.split(limits)[b], weight.split(before)[b])]
             if torch.equal(limits, before):
                 break
     return Limits(limits, picked)
+
+
+def _excess_of_few(magnitudes: np.ndarray, groups: np.ndarray, limit: Tensor) -> Tensor:
+    """Sum what stands above the limits, and count the elements that do, `(groups, 2)`: 0 where there are none."""
+    found = torch.zeros(len(limit), 2, dtype=torch.float64, device=limit.device)
+    if magnitudes.size:
+        above = np.maximum(magnitudes - limit.numpy()[groups], 0)
+        for column, each in enumerate((above, above > 0)):
+            found.numpy()[:, column] = np.bincount(groups, each, len(limit))
+    return found
 
 
 def _newton_step(limit: Tensor, found: Tensor, t: Tensor) -> Tensor:
