@@ -22,12 +22,14 @@ from recipe_arguments import parse_recipe
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
     ViTImageProcessor,
     default_data_collator,
     set_seed,
 )
+
+# The name at the top level needs torchvision in transformers 5.10
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_r2 import R2QuantizationConfig, R2Quantizer, R2Trainer, R2TrainingArguments, weight_statistics
 from hf_r2.evaluation import LabelledData, evaluate_classifier

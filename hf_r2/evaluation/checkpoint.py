@@ -9,12 +9,14 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedModel,
     default_data_collator,
 )
+
+# The name at the top level needs torchvision in transformers 5.10
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_r2.evaluation.classification import evaluate_classifier
 from hf_r2.evaluation.data import LabelledData, to_pixels, to_tokens

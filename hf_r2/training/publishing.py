@@ -59,16 +59,17 @@ class PublishingMixin:
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token or self.args.hub_token
-        private = self.args.hub_private_repo if private is None else private
+        if private is not None:
+            self.args.hub_private_repo = private  # where every version of Trainer looks
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+            self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
         tags = [*(kwargs.pop("tags", None) or ()), *(getattr(self.model, "model_tags", None) or ())]
         self.create_model_card(model_name=self.hub_model_id.split("/")[-1], tags=tags or None, **kwargs)
         options = {
-            "private": bool(private),
+            "private": bool(self.args.hub_private_repo),
             "revision": revision or self.args.hub_revision or "main",
             "message": commit_message,
             "token": token,

@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 from huggingface_hub import ModelCard, hf_hub_download
-from transformers import AutoImageProcessor, AutoModelForImageClassification, default_data_collator
+from transformers import AutoModelForImageClassification, default_data_collator
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_r2 import R2QuantizationConfig, R2Quantizer, R2Trainer, R2TrainingArguments
 from hf_r2.evaluation import LabelledData, evaluate_checkpoint
