@@ -13,6 +13,7 @@ from hf_r2.report import Manifest
 from hf_r2.report.card import build_card
 
 ROOT = Path(__file__).parent.parent.parent
+PUBLISHED = sorted((ROOT / "model_cards").iterdir())
 RUNS = sorted((ROOT / "model_cards").glob("*/*/manifest.json"))
 DIGITS = sorted((ROOT / "model_cards/digits-resnet-r2-2bit").glob("seed-*"))
 
@@ -27,8 +28,14 @@ def test_readme_table_is_rendered_from_the_manifests():
     assert text == render_results.insert(text, render_results.render(ROOT / "model_cards"))
 
 
-def test_digits_were_run_with_seeds_0_to_2():
-    assert [Manifest.load(run).last("train")["seed"] for run in DIGITS] == [0, 1, 2]
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda path: path.name)
+def test_published_runs_are_of_seeds_0_to_2_and_the_committed_recipe(folder):
+    runs = [Manifest.load(run) for run in sorted(folder.glob("seed-*"))]
+    assert [run.last("train")["seed"] for run in runs] == [0, 1, 2]
+    for run in runs:
+        recipe = run.last("evaluate")["recipe"]
+        assert recipe["text"] == (ROOT / recipe["path"]).read_text(encoding="utf-8").strip()
+        assert run.last("evaluate")["data"]["split"] == "test"
 
 
 def test_digits_collapse_without_r2_and_keep_most_with_it():
@@ -40,13 +47,6 @@ def test_digits_collapse_without_r2_and_keep_most_with_it():
     assert all(run["baseline", "2-bit", "as trained"]["collapsed"] for run in runs)
     assert mean("R2", "2-bit", "as trained") >= 0.70
     assert abs(mean("baseline", "float", "as trained") - mean("R2", "float", "as trained")) <= 0.01
-
-
-def test_digits_runs_used_the_committed_recipe():
-    recipe = (ROOT / "recipes/vision/digits/r2_2bit.yaml").read_text(encoding="utf-8").strip()
-    for run in DIGITS:
-        assert Manifest.load(run).last("evaluate")["recipe"]["text"] == recipe
-        assert Manifest.load(run).last("evaluate")["data"]["split"] == "test"
 
 
 @pytest.mark.parametrize("manifest", RUNS, ids=lambda path: f"{path.parts[-3]}-{path.parts[-2]}")
