@@ -37,8 +37,11 @@ class PickedCells(NamedTuple):
 
     def of(self, blocks: Sequence[Tensor]) -> np.ndarray:
         """Copy them from their blocks: `(cells, elements)`."""
-        parts = [blocks[b].view(-1, self.size).index_select(0, index) for b, index in self.index.items()]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).numpy()
+        found = blocks[0].new_empty(len(self.groups), self.size)
+        parts = found.split([len(index) for index in self.index.values()])
+        for (b, index), part in zip(self.index.items(), parts, strict=True):
+            torch.index_select(blocks[b].view(-1, self.size), 0, index, out=part)
+        return found.numpy()
 
     def only(self, mask: np.ndarray) -> "PickedCells":
         """Pick single elements of them, cells of size 1, by a mask `(cells, elements)`."""
@@ -101,7 +104,7 @@ class Cells:
         self.groups = [len(block) for block in blocks]
         self.counts = [groups * cells for groups, cells in zip(self.groups, self.per_group, strict=True)]
         self.ends = np.cumsum(np.repeat(self.per_group, self.groups))
-        self.peaks, low = blocks[0].new_zeros(2, sum(self.counts)).unbind()
+        self.peaks, low = (blocks[0].new_zeros(sum(self.counts)) for _ in range(2))
         ends = zip(self.peaks.split(self.counts), low.split(self.counts), strict=True)
         for index, (block, pair) in enumerate(zip(blocks, ends, strict=True)):
             if crowded and crowded[index]:
