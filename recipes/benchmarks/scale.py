@@ -30,7 +30,7 @@ import hf_r2
 from hf_r2 import R2QuantizationConfig, R2Quantizer
 from hf_r2.files import atomic_write, weight_file_bytes
 from hf_r2.quantization.stream import RECORD
-from hf_r2.quantization.tensor_files import TensorWriter
+from hf_r2.quantization.tensor_files import TensorWriter, stored_tensors
 from hf_r2.report.tables import markdown_table
 
 BEGIN, END = "<!-- scale -->", "<!-- end of scale -->"
@@ -127,12 +127,12 @@ def reload(directory: Path, mode: str) -> None:
     else:
         model = BertForMaskedLM.from_pretrained(directory)
     load = time.process_time() - start
-    peak, held = status("VmHWM") - before, status("VmRSS") - before
     with torch.no_grad():
-        model(batch)
+        model(batch)  # float weights are mapped, and come into memory only now
         start = time.process_time()
         model(batch)
     forward = time.process_time() - start
+    peak, held = status("VmHWM") - before, status("VmRSS") - before
     print(json.dumps({"load_s": load, "peak_bytes": peak, "held_bytes": held, "forward_s": forward}))
 
 
@@ -173,12 +173,13 @@ def compress_through_a_kill(source: Path, target: Path, threads: int) -> dict[st
     return {"killed": killed, "kept_shards": len(kept), "resumed": resumed}
 
 
-def measure_causal(directory: Path, size: Mapping[str, Any], threads: int) -> dict[str, Any]:
+def measure_causal(directory: Path, size: str, threads: int) -> dict[str, Any]:
     """Make the large checkpoint, read it, compress it and inspect it, each in a process of its own."""
     source, target = directory / "float", directory / "packed"
-    weights = make_checkpoint(Qwen2Config(**size["causal"], tie_word_embeddings=True), source, size["shard_bytes"])
+    # Not in this process: a step's largest memory is never below that of the process which starts it
+    measured("make", size, source)
     return {
-        "weights": weights,
+        "weights": sum(t.nbytes // 2 for f in source.glob("*.safetensors") for t in stored_tensors(f).values()),
         "float_bytes": weight_file_bytes(source),
         "shards": len(list(source.glob("*.safetensors"))),
         "idle": measured("idle"),
@@ -257,7 +258,11 @@ def render_readme(readme: str, results: Path) -> str:
 
 def step(command: str, arguments: Sequence[str]) -> None:
     """Do one step, in the process that was started for it."""
-    if command == "read_once":
+    if command == "make":
+        size = SIZES[arguments[0]]
+        config = Qwen2Config(**size["causal"], tie_word_embeddings=True)
+        make_checkpoint(config, Path(arguments[1]), size["shard_bytes"])
+    elif command == "read_once":
         read_once(Path(arguments[0]))
     elif command == "compress":
         compress(Path(arguments[0]), Path(arguments[1]), int(arguments[2]))
@@ -281,12 +286,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return step(options.step[0], options.step[1:])
     if options.render:
         return measuring.update_readme(partial(render_readme, results=HERE / "results"), options.check, "scale.py")
-    size = SIZES[options.size]
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         result = {
             **measuring.facts(options.threads),
-            "causal": measure_causal(Path(directory), size, options.threads),
-            "reload": measure_reload(Path(directory), size),
+            "causal": measure_causal(Path(directory), options.size, options.threads),
+            "reload": measure_reload(Path(directory), SIZES[options.size]),
         }
     measuring.save(result, options.output or HERE / "results" / f"scale-cpu-{options.threads}.json")
     print(render(result))
