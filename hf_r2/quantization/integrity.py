@@ -8,6 +8,7 @@ is read.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def content_digests(
     Returns:
         Hexadecimal SHA-256 digests `settings`, `layout`, `codes` and `rest`, and the dtypes of `rest` as `rest_dtypes`.
     """
-    tensors = (*codes.values(), *rest.values())
+    tensors = chain(codes.values(), rest.values())  # one at a time: they may be read as they are asked for
     return {
         "settings": _settings_digest(encoded),
         "layout": _layout_digest((DTYPE_WORDS.get(tensor.dtype, "other"), list(tensor.shape)) for tensor in tensors),

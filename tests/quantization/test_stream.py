@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import subprocess
+import weakref
 
 import pytest
 import torch
@@ -22,8 +23,10 @@ from safetensors.torch import load_file, save_file
 
 from hf_r2 import R2QuantizationConfig, R2Quantizer
 from hf_r2.quantization import compress, quantizer, stream
+from hf_r2.quantization.integrity import content_digests
 from hf_r2.quantization.quantizer import load_float_model
 from hf_r2.quantization.stream import NotStreamable, plan_stream
+from hf_r2.quantization.tensor_files import StoredTensor, stored_tensors
 from hf_r2.quantization.workers import start_workers
 from hf_r2.report import Manifest
 
@@ -117,6 +120,24 @@ def test_no_more_tensors_are_begun_than_there_are_workers_and_one():
             finished.append(result)
             assert len(begun) <= len(finished) + 3
     assert finished == list(range(20))
+
+
+def test_digests_hold_no_more_than_two_tensors_at_a_time(shards, tmp_path, monkeypatch):
+    read, alive, most = StoredTensor.read, [], 0
+
+    def note(self):
+        nonlocal most
+        tensor = read(self)
+        alive.append(weakref.ref(tensor))
+        most = max(most, sum(reference() is not None for reference in alive))
+        return tensor
+
+    out = streamed(shards, tmp_path / "out", **PALETTE)
+    stored = {name: tensor for file in out.glob("*.safetensors") for name, tensor in stored_tensors(file).items()}
+    monkeypatch.setattr(StoredTensor, "read", note)
+    content_digests({}, {}, stream._Stored(stored))
+    assert len(stored) > 10
+    assert most <= 2
 
 
 def test_threads_of_torch_are_as_before(shards, tmp_path):
