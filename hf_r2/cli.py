@@ -99,7 +99,9 @@ def quantize(
     inputs: InputOption = None,
     examples: Annotated[int, typer.Option(help="Examples of the data, at most.")] = 1024,
 ) -> None:
-    """Compress a float checkpoint and write its model card. Steps that calibrate take their examples from --data.
+    """Compress a float checkpoint and write its model card, tensor by tensor where no step needs the whole model.
+
+    Steps that calibrate take their examples from --data. After an interruption the same command goes on.
 
     Example: hf-r2 quantize me/model model-4bit --method palette --bits 4
 
@@ -107,6 +109,7 @@ def quantize(
     """
     from hf_r2 import R2QuantizationConfig, R2Quantizer
     from hf_r2.evaluation.checkpoint import batches_of
+    from hf_r2.quantization.stream import NotStreamable
     from hf_r2.report import render_card
 
     options = {"method": method, "bits": bits, "grain": grain, "cluster_dim": cluster_dim, "basis": basis}
@@ -119,7 +122,11 @@ def quantize(
             labelled = _labelled(model, data, split, inputs)
             found = labelled.load()
             calibration = batches_of(model, labelled, found.select(range(min(examples, len(found)))))
-        R2Quantizer.from_pretrained(model).quantize(output, settings, calibration)
+        quantizer = R2Quantizer.from_pretrained(model)
+        try:
+            quantizer.stream(output, settings)
+        except NotStreamable:
+            quantizer.quantize(output, settings, calibration)
         render_card(output)
     typer.echo(f"{output} holds the compressed checkpoint and its card")
 

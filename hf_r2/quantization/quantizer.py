@@ -143,13 +143,14 @@ class R2Quantizer(OptimumQuantizer):
             The directory.
 
         Raises:
-            ValueError: for a checkpoint or a config that takes the whole model at a time ([`quantize`] does that), and
-                as `encode` and [`select_weights`] do.
+            NotStreamable: a ValueError, for a checkpoint or a config that takes the whole model at a time ([`quantize`]
+                does that).
+            ValueError: as `encode` and [`select_weights`] do.
         """
         try:
             plan = plan_stream(self.source, quantization_config)
         except NotStreamable as reason:
-            raise ValueError(f"{self.source} cannot be streamed ({reason}): use quantize instead") from reason
+            raise NotStreamable(f"{self.source} cannot be streamed ({reason}): use quantize instead") from reason
         self._stream(plan, save_dir, workers)
         return Path(save_dir)
 
