@@ -52,7 +52,7 @@ def _measure(target: float, weight: LocalWeight) -> Routine[Measured]:
 
     def add_gradient(grads: Sequence[Tensor], scale: Tensor | float) -> None:
         # dκ/dx_i = 4 / (n·m2²) · (x_i³ − m3 − κ·m2·x_i), with x = unit · (W − μ)
-        outer = 4 / weight.group_elements() * slopes * units * scale
+        outer = 4 * slopes * units * scale / weight.group_elements()
         terms = torch.stack([outer, third, ratio * second, means, units], dim=1).to(units.dtype)
         for block, grad, of_block in zip(weight.blocks(), grads, weight.split(terms), strict=True):
             for band, (piece, target_piece) in pieces(block, grad):

@@ -155,21 +155,26 @@ class RangeLoss(nn.Module):
         Raises:
             ValueError: for weights that are computed from others: they have no gradient of their own.
         """
-        ratios = []
+        ratios = {}
         for name, weight, own in self._own_gradients():
             if not isinstance(weight, nn.Parameter):
                 raise ValueError(f"{name} is computed from other parameters: give a strength or a target crest factor")
-            ratios.append(_norm(weight.grad) / _norm(own).clamp_min(torch.finfo(own.dtype).tiny))
-        return torch.stack([ratio.to(ratios[0].device) for ratio in ratios])
+            ratios[name] = _norm(weight.grad) / _norm(own).clamp_min(torch.finfo(own.dtype).tiny)
+        return self._in_order(ratios)
 
     @torch.no_grad()
     def gradient_peaks(self) -> Tensor:
         """Largest entry of the gradient of the loss last measured, at strength 1, over `max|W|`: `(weights,)`."""
-        peaks = []
-        for _, weight, own in self._own_gradients():
+        peaks = {}
+        for name, weight, own in self._own_gradients():
             gradient, top = run([_range(LocalWeight(tensor, "tensor")) for tensor in (own, weight)])
-            peaks.append((gradient / top)[0])
-        return torch.stack([peak.to(peaks[0].device) for peak in peaks])
+            peaks[name] = (gradient / top)[0]
+        return self._in_order(peaks)
+
+    def _in_order(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Stack one value per weight, which stacks come to in another order, in that of the selection."""
+        ordered = [values[name] for name in self.selection]
+        return torch.stack([value.to(ordered[0].device) for value in ordered])
 
     def _own_gradients(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield name, weight and gradient of the loss last measured, at strength 1, one weight at a time."""

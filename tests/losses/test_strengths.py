@@ -170,3 +170,19 @@ def test_measuring_alone_writes_no_gradient_and_builds_no_graph(model, kind):
     assert not value.requires_grad
     assert value.item() == pytest.approx(0.5 * loss().item(), rel=1e-6)
     assert all(parameter.grad is None for parameter in (*model.parameters(), *loss.parameters()))
+
+
+@pytest.mark.parametrize("statistic", ["gradient_ratios", "gradient_peaks"])
+def test_statistics_of_gradients_come_in_the_order_of_the_weights(statistic):
+    # The weight in the middle lies in memory in another order, so that it is not worked on with the others
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3))
+    layers[1].weight.data = layers[1].weight.data.to(memory_format=torch.channels_last)
+    found = []
+    for chosen in (layers, *layers):
+        loss = RangeLoss(chosen, "l_inf", "channel")
+        loss.measure()
+        for index, layer in enumerate(layers):
+            layer.weight.grad = torch.full_like(layer.weight, index + 1)
+        found.append(getattr(loss, statistic)())
+    torch.testing.assert_close(found[0], torch.cat(found[1:]))
