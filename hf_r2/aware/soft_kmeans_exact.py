@@ -64,13 +64,14 @@ class ExactSoftKMeans(torch.autograd.Function):
 def _bands(block: Tensor, start: Tensor, scaled: Scaled, memory: int) -> Iterator[tuple[slice, "_Band"]]:
     """Cut a block into bands of groups that are small enough, or single groups."""
     k, d = start.shape[1:]
-    dtype = scaled.arithmetic(block)
+    widest = scaled.arithmetic(block)
     most = _CPU_ENTRIES * torch.get_num_threads() if block.is_cpu else _DEVICE_ENTRIES
-    entries = min(most, memory // (_COPIES * dtype.itemsize))
+    entries = min(most, memory // (_COPIES * widest.itemsize))
     rows = max(1, entries // (-(-block.shape[1] // d) * k))
     for first in range(0, len(block), rows):
         groups = slice(first, first + rows)
-        yield groups, _Band(block[groups], d, scaled.of(groups), dtype, entries // k)
+        own = scaled.of(groups)
+        yield groups, _Band(block[groups], d, own, own.arithmetic(block), entries // k)
 
 
 class _Band:

@@ -152,6 +152,22 @@ def test_groups_stop_and_end_up_as_if_each_were_alone(n):
         torch.testing.assert_close(one, torch.cat(each), rtol=1e-4, atol=1e-5)
 
 
+def test_groups_too_sharp_for_float32_do_not_slow_down_the_others(monkeypatch):
+    monkeypatch.setattr(soft_kmeans_exact, "_CPU_ENTRIES", 1 << 10)
+    chosen = []
+
+    class Spy(soft_kmeans_exact._Band):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            chosen.append(self.dtype)
+
+    monkeypatch.setattr(soft_kmeans_exact, "_Band", Spy)
+    start = spread_out(3, 4).clone()
+    start[1, 3] = 1.0
+    soft_kmeans(normal(3, 1 << 8), start, 1e-3, absolute=True)
+    assert chosen == [torch.float32, torch.float64, torch.float32]
+
+
 def test_half_precision_does_not_overflow_where_a_cluster_has_more_members_than_its_largest_number():
     block = normal(1, 1 << 19).half()
     weights, grad = step(block, spread_out(1, 2))
