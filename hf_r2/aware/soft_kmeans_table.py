@@ -8,6 +8,7 @@ elements of the interpolated function.
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ LEAST_BINS, MOST_BINS = 1 << 12, 1 << 16
 _BIN = 0.025
 """By how much a logit may change within a bin: linear continuation then leaves gradients four correct digits."""
 
-_BINS_PER_NODE = 4
+_BINS_PER_NODE = 8
 
 _ELEMENTS_PER_BIN = {"few": 4, "many": 2}
 """With fewer, passes over all elements cost no more than the tables; with many clusters, from 8 on, they cost more."""
@@ -34,8 +35,8 @@ _MANY = 1 << 18
 _CROWD = 64
 """A bin is crowded with more than this share, 1 / 64, of the elements."""
 
-_ENTRIES, _LEAST_CLUSTERS = 1 << 18, 8
-"""Entries of the tables, groups × clusters × bins, that are worked on at a time; few clusters count as 8."""
+_BAND = 1 << 16
+"""Bins, groups × bins, that are worked on at a time."""
 
 _PIECES = 32
 """A pass works on at most this share, 1 / 32, of a block at a time, so that its temporaries are small beside it."""
@@ -73,14 +74,12 @@ class Bins(NamedTuple):
         return Bins(self.low[groups], self.per_unit[groups], self.count)
 
     def middles(self) -> Tensor:
-        """Middles of the bins, `(groups, 1, bins)` in float64."""
-        return self._at(torch.arange(self.count))
+        """Middles of the bins, `(groups, bins)` in float32."""
+        return self.low + (torch.arange(self.count) + 0.5) / self.per_unit
 
     def nodes(self) -> Tensor:
         """Nodes, `(groups, 1, nodes)` in float64; see [`to_nodes`]."""
-        return self._at(torch.arange(-2, self.count // _BINS_PER_NODE + 2) * _BINS_PER_NODE)
-
-    def _at(self, number: Tensor) -> Tensor:
+        number = torch.arange(-2, self.count // _BINS_PER_NODE + 2) * _BINS_PER_NODE
         return (self.low.double() + (number + 0.5) / self.per_unit.double())[:, None]
 
 
@@ -116,51 +115,55 @@ class Table(NamedTuple):
     bands: list[Band]
 
 
-def to_nodes(values: Tensor, offsets: Tensor, moments: Tensor | None = None) -> Tensor:
+def to_nodes(values: Tensor, moments: Tensor, offsets: Tensor) -> Tensor:
     """Distribute values of bins to nodes `_BINS_PER_NODE` bins apart, as cubic interpolation between them does.
+
+    Shares of the nodes are continued around each bin's middle to second order in the distance, and what lies off the
+    middle is taken to lie where the bin's mean does: then spikes stay in their places.
 
     Args:
         values: sums over the elements of the bins, `(groups, bins)`, float32.
-        offsets: where their means lie, see [`Band`].
-        moments: sums of what was summed times the distances from the bins' means, in bins; None if they vanish.
+        moments: sums of what was summed times the distances from the bins' middles, in bins.
+        offsets: of the bins' means, see [`Band`].
 
     Returns:
         Values of the nodes, `(groups, 1, nodes)`, float32; the first of them lies two before the first bin.
     """
     groups, bins = values.shape
-    cells = (groups, bins // _BINS_PER_NODE, _BINS_PER_NODE)
-    within = (offsets.view(cells) + torch.arange(_BINS_PER_NODE)).div_(_BINS_PER_NODE)
-    result = values.new_zeros(groups, 1, cells[1] + 4)
-    slopes = None if moments is None else _cubic_slopes(within)
-    for number, share in enumerate(_cubic(within)):
-        part = share.mul_(values.view(cells))
-        if moments is not None:
-            part.addcmul_(moments.view(cells), slopes[number], value=1 / _BINS_PER_NODE)
-        result[:, 0, number + 1 : number + 1 + cells[1]] += part.sum(dim=2)
+    cells = bins // _BINS_PER_NODE
+    terms = values, moments, moments * offsets
+    spread = sum(term.view(groups, cells, -1) @ share for term, share in zip(terms, _cubic_terms(), strict=True))
+    result = values.new_zeros(groups, 1, cells + 4)
+    for number in range(4):
+        result[:, 0, number + 1 : number + 1 + cells] += spread[..., number]
     return result
 
 
-def _cubic(t: Tensor) -> list[Tensor]:
-    """Shares of the four nodes at −1, 0, 1 and 2 in a value at t of [0, 1]."""
+@cache
+def _cubic_terms() -> tuple[Tensor, ...]:
+    """Shares of the four nodes around a bin in a value there, cubic, as a Taylor polynomial of second order.
+
+    Returns:
+        Coefficients of the distance from the bin's middle, in bins, to the power 0, 1 and 2, `(bins, 4)` each for the
+        bins between two nodes.
+    """
+    t = torch.arange(_BINS_PER_NODE, device="cpu") / _BINS_PER_NODE
     before, after, second = t + 1, t - 1, t - 2
-    return [t * after * second / -6, before * after * second / 2, before * t * second / -2, before * t * after / 6]
-
-
-def _cubic_slopes(t: Tensor) -> list[Tensor]:
-    """Return the derivatives of these shares in t."""
-    square = t * t
-    return [
-        (3 * square - 6 * t + 2) / -6,
-        (3 * square - 4 * t - 1) / 2,
-        (3 * square - 2 * t - 2) / -2,
-        (3 * square - 1) / 6,
+    shares = [t * after * second / -6, before * after * second / 2, before * t * second / -2, before * t * after / 6]
+    slopes = [
+        (3 * t * t - 6 * t + 2) / -6,
+        (3 * t * t - 4 * t - 1) / 2,
+        (3 * t * t - 2 * t - 2) / -2,
+        t * t / 2 - 1 / 6,
     ]
+    bends = [1 - t, 3 * t - 2, 1 - 3 * t, t]
+    scales = 1, 1 / _BINS_PER_NODE, 1 / (2 * _BINS_PER_NODE**2)
+    return tuple(torch.stack(term, dim=1) * scale for term, scale in zip((shares, slopes, bends), scales, strict=True))
 
 
 def to_middles(values: Tensor) -> Tensor:
-    """Interpolate values at the nodes `(groups, nodes)` to the bins' middles `(groups, bins)`."""
-    shares = torch.stack(_cubic(torch.arange(_BINS_PER_NODE, dtype=values.dtype) / _BINS_PER_NODE))
-    return (values.unfold(1, 4, 1)[:, 1:] @ shares).flatten(1)
+    """Interpolate values at the nodes `(groups, 1, nodes)` to the bins' middles `(groups, bins)`, in float32."""
+    return (values[:, 0].float().unfold(1, 4, 1)[:, 1:] @ _cubic_terms()[0].T).flatten(1)
 
 
 class TableSoftKMeans(torch.autograd.Function):
@@ -172,8 +175,8 @@ class TableSoftKMeans(torch.autograd.Function):
         output = torch.empty(block.shape, dtype=block.dtype)
         slopes = []
         for band in table.bands:
-            pairs = _output_table(band)
-            slopes.append(pairs[..., 1].clone())
+            pairs, own = _output_table(band)
+            slopes.append(own)
             parts = (each[band.groups] for each in (block, table.index, output))
             for _, (piece, index, target) in pieces_of(*parts):
                 found = look_up(pairs, index)
@@ -217,8 +220,10 @@ def tabulate(block: Tensor, start: Tensor, scaled: Scaled) -> Table | None:
         return None
     wanted = _bins_for([Step(start, start, start, None)], reach, scaled)
     enough = block.shape[1] // _ELEMENTS_PER_BIN["few" if start.shape[1] < 8 else "many"]
-    least = min(LEAST_BINS, enough // _BINS_PER_NODE * _BINS_PER_NODE)
-    while 0 < (count := max(wanted, least)) <= min(MOST_BINS, enough):
+    most = min(MOST_BINS, _whole_cells(enough))
+    while 0 < most >= wanted:
+        # Centroids may drift apart: bins to spare cost less than a second run
+        count = min(max(_whole_cells(wanted * 9 / 8), LEAST_BINS), most)
         table = _run(block, start, scaled, Bins.of(low, high, count))
         wanted = max(_bins_for(band.steps, reach[band.groups], scaled.of(band.groups)) for band in table.bands)
         if wanted <= count:
@@ -235,25 +240,30 @@ def _bins_for(steps: list[Step], reach: Tensor, scaled: Scaled) -> int:
     # A logit changes fastest between neighbours far apart, or across as many as share one temperature
     slope = torch.maximum(2 * gap / temperature, torch.minimum(2 * span / temperature, 2 / temperature.sqrt()))
     bins = float((reach / scaled.scale[:, 0] * slope).max()) / _BIN
-    return _BINS_PER_NODE * math.ceil(bins / _BINS_PER_NODE)
+    return _whole_cells(bins + _BINS_PER_NODE) if bins else 0
+
+
+def _whole_cells(bins: float) -> int:
+    return _BINS_PER_NODE * math.floor(bins / _BINS_PER_NODE)
 
 
 def _run(block: Tensor, start: Tensor, scaled: Scaled, bins: Bins) -> Table:
     index = torch.empty(block.shape, dtype=torch.int32)
-    size = max(1, _ENTRIES // (max(start.shape[1], _LEAST_CLUSTERS) * bins.count))
+    size = max(1, _BAND // bins.count)
     bands = []
     for groups in (slice(first, first + size) for first in range(0, len(block), size)):
         own, units, part = bins.of_groups(groups), scaled.of(groups), block[groups]
-        counts, offsets = _assign(part, own, index[groups])
+        counts, moments = _assign(part, own, index[groups])
+        offsets = moments / counts.clamp_min(1)
         points = units.inward(own.nodes()).to(scaled.arithmetic(block))
-        nodes = Nodes(points, to_nodes(counts.float(), offsets), units)
+        nodes = Nodes(points, to_nodes(counts.float(), moments, offsets), units)
         crowded = bool((counts > block.shape[1] / _CROWD).any())
         bands.append(Band(groups, own, offsets, crowded, nodes, nodes.iterate(start[groups])))
     return Table(index, bands)
 
 
 def _assign(block: Tensor, bins: Bins, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Write the index of each element's bin, return numbers of elements in the bins and offsets of their means."""
+    """Write the index of each element's bin, return numbers of elements in the bins and their first moments."""
     counts = torch.zeros(len(block), bins.count, dtype=torch.int64)
     sums = torch.zeros(counts.shape)
     for rows, (piece, target) in pieces_of(block, index, least=MOST_PIECE):
@@ -264,7 +274,7 @@ def _assign(block: Tensor, bins: Bins, index: Tensor) -> tuple[Tensor, Tensor]:
             target += torch.arange(len(block), dtype=torch.int32)[rows, None] * bins.count
         counts[rows] += _histogram(target, None, rows, bins.count)
         sums[rows] += _histogram(target, place, rows, bins.count)
-    return counts, torch.where(counts > 0, sums / counts - 0.5, 0)
+    return counts, sums - 0.5 * counts
 
 
 def _histogram(index: Tensor, weights: Tensor | None, rows: slice, bins: int) -> Tensor:
@@ -274,21 +284,19 @@ def _histogram(index: Tensor, weights: Tensor | None, rows: slice, bins: int) ->
     return torch.bincount(own.reshape(-1), weights, minlength=len(index) * bins).view(len(index), bins)
 
 
-def _output_table(band: Band) -> Tensor:
-    """Return constant and slope of f, in units of the block, `(groups, bins, 2)` in float32."""
-    middles, scaled = band.bins.middles(), band.nodes.scaled
-    f, slopes = output_at(scaled.inward(middles).to(band.nodes.points.dtype), band.steps[0], scaled.temperature)
-    constant, slopes = _line(scaled.outward(f.double()), slopes.double(), middles)
-    return _packed((constant[:, 0], slopes[:, 0]))
+def _output_table(band: Band) -> tuple[Tensor, Tensor]:
+    """Return constant and slope of f, in units of the block, `(groups, bins, 2)` in float32, and f′ at the nodes."""
+    f, slopes = output_at(band.nodes.points, band.steps[0], band.nodes.scaled.temperature)
+    f = band.nodes.scaled.outward(f.double())
+    return _packed(_line(to_middles(f), to_middles(slopes), band.bins.middles())), slopes
 
 
 def _gradient_table(band: Band, slopes: Tensor, block: Tensor, index: Tensor, grad: Tensor, implicit: bool) -> Tensor:
     """Return constant and slope of f′ and of q, `(groups, bins, 4)` in float32."""
     sums = _sums(band, block, index, grad)
-    q = to_middles(band.nodes.gradient(band.steps, sums, implicit)[:, 0].double())
-    middles, per_unit = band.bins.middles()[:, 0], band.bins.per_unit
-    lines = [_line(values, _changes(values) * per_unit, middles) for values in (slopes.double(), q)]
-    return _packed(*lines)
+    q = band.nodes.gradient(band.steps, sums, implicit)
+    middles, per_unit = band.bins.middles(), band.bins.per_unit
+    return _packed(*(_line(values, _changes(values) * per_unit, middles) for values in map(to_middles, (slopes, q))))
 
 
 def _sums(band: Band, block: Tensor, index: Tensor, grad: Tensor) -> Tensor:
@@ -303,8 +311,7 @@ def _sums(band: Band, block: Tensor, index: Tensor, grad: Tensor) -> Tensor:
         if few:
             distance = bins.place(piece, rows).frac_().sub_(0.5)
             moments[rows] += _histogram(where, distance * part, rows, bins.count)
-    around = (moments - band.offsets * sums).float() if few else None
-    return to_nodes(sums.float(), band.offsets, around)
+    return to_nodes(sums.float(), (moments if few else band.offsets * sums).float(), band.offsets)
 
 
 def pieces_of(*parts: Tensor, least: int = _LEAST_PIECE) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
@@ -339,7 +346,7 @@ def _line(values: Tensor, slopes: Tensor, middles: Tensor) -> tuple[Tensor, Tens
 
 def _packed(*lines: tuple[Tensor, Tensor]) -> Tensor:
     """Put lines of `(groups, bins)` side by side, in float32."""
-    return torch.stack([part.float() for line in lines for part in line], dim=-1)
+    return torch.stack([part for line in lines for part in line], dim=-1)
 
 
 def look_up(table: Tensor, index: Tensor) -> Tensor:
