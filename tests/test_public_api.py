@@ -3,6 +3,8 @@
 import ast
 import importlib
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,8 +91,8 @@ def test_a_public_name_is_there_and_documented(name):
 def test_everything_that_the_package_imports_from_its_parts_is_public():
     imported = {
         alias.asname or alias.name
-        for node in TREES["__init__.py"].body
-        if isinstance(node, ast.ImportFrom)
+        for node in ast.walk(TREES["__init__.py"])
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("hf_r2")
         for alias in node.names
     }
     assert imported == set(hf_r2.__all__)
@@ -169,3 +171,10 @@ def test_imports_run_downwards(module):
 def test_the_maths_imports_no_transformers(module):
     roots = {name.split(".")[0] for name in imported_modules(TREES[module])}
     assert not roots & {"transformers", "optimum", "datasets"}
+
+
+def test_importing_the_package_leaves_trainer_and_data_sets_alone():
+    code = "import sys, hf_r2; print([m for m in ('transformers.trainer', 'datasets', 'optimum') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert all(getattr(hf_r2, name) for name in hf_r2.__all__)

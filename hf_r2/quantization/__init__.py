@@ -11,7 +11,6 @@ from hf_r2.quantization.attach import attach, attached, detach, finalize, start_
 from hf_r2.quantization.config import QUANT_METHOD, R2QuantizationConfig
 from hf_r2.quantization.hf_quantizer import R2HfQuantizer, compress
 from hf_r2.quantization.packed import keep_packed
-from hf_r2.quantization.quantizer import R2Quantizer
 
 # Reloading the module must not fail on what is registered already
 if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
@@ -22,7 +21,6 @@ if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
 __all__ = [
     "R2HfQuantizer",
     "R2QuantizationConfig",
-    "R2Quantizer",
     "attach",
     "attached",
     "compress",

@@ -3,14 +3,12 @@
 from hf_r2.report.card import render_card
 from hf_r2.report.manifest import Manifest
 from hf_r2.report.plots import weight_histograms
-from hf_r2.report.results import record_figures
 from hf_r2.report.statistics import WeightStatistics, weight_statistics
 from hf_r2.report.tables import result_table
 
 __all__ = [
     "Manifest",
     "WeightStatistics",
-    "record_figures",
     "render_card",
     "result_table",
     "weight_histograms",

@@ -12,7 +12,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_r2.evaluation import LabelledData
 from hf_r2.hub import push
-from hf_r2.report import record_figures
+from hf_r2.report.results import record_figures
 
 NAME = "alice/digits-2bit"
 FILES = {"README.md", "config.json", "manifest.json", "model.safetensors", "preprocessor_config.json"}

@@ -12,7 +12,8 @@ from hf_r2 import R2QuantizationConfig, R2Quantizer, R2Trainer, R2TrainingArgume
 from hf_r2.evaluation import LabelledData, evaluate_checkpoint
 from hf_r2.evaluation.data import to_pixels
 from hf_r2.hub import push, verify
-from hf_r2.report import Manifest, record_figures, render_card
+from hf_r2.report import Manifest, render_card
+from hf_r2.report.results import record_figures
 
 PALETTE = R2QuantizationConfig("palette", bits=2, grain="tensor")
 

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from hf_r2.cli import app
 from hf_r2.evaluation import LabelledData, evaluate_checkpoint
 from hf_r2.hub import push, verify
-from hf_r2.report import Manifest, record_figures
+from hf_r2.report import Manifest
+from hf_r2.report.results import record_figures
 
 NAME = "alice/digits-2bit"
 run = CliRunner().invoke
