@@ -9,6 +9,7 @@ import argparse
 import multiprocessing
 import os
 import sys
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,7 +29,7 @@ def work(spec: dict) -> tuple[dict, dict]:
     return spec, run_cell(spec)
 
 
-def run_missing(study: dict, cells: list[dict], pool: multiprocessing.pool.Pool, title: str) -> None:
+def run_missing(study: dict, cells: list[dict], pool: Pool, title: str) -> None:
     missing = [spec for spec in cells if load_result(study, spec) is None]
     for spec, result in tqdm(pool.imap_unordered(work, missing), title, total=len(missing), unit="run"):
         save_result(study, spec, result)

@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 from itertools import product
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def quantize_in_training(model: Any, spec: Cell, train: Any) -> Any:
     return model
 
 
-def run_missing(study: dict[str, Any], cells: list[Cell], pool: multiprocessing.pool.Pool, title: str) -> None:
+def run_missing(study: dict[str, Any], cells: list[Cell], pool: Pool, title: str) -> None:
     jobs: dict[tuple, list[Cell]] = {}
     for spec in cells:
         if load_result(study, spec) is None:
