@@ -121,7 +121,7 @@ class R2Quantizer(OptimumQuantizer):
         with atomic_directory(save_dir) as scratch:
             model.save_pretrained(scratch)
             weights = floats.compared_with(model.hf_quantizer.encoded)
-            self._complete(scratch, quantization_config, weights, float_bytes, time.perf_counter() - start)
+            self._complete(scratch, model, quantization_config, weights, float_bytes, time.perf_counter() - start)
         return model
 
     def stream(
@@ -157,11 +157,12 @@ class R2Quantizer(OptimumQuantizer):
     def _stream(self, plan: Plan, save_dir: str | os.PathLike[str], workers: int | None) -> None:
         with resumable_directory(save_dir, plan.key) as scratch:
             done = run_stream(plan, self.source, scratch, workers)
-            self._complete(scratch, done.config, done.weights, plan.float_bytes, done.seconds)
+            self._complete(scratch, plan.model, done.config, done.weights, plan.float_bytes, done.seconds)
 
     def _complete(
         self,
         scratch: Path,
+        model: PreTrainedModel,
         config: R2QuantizationConfig,
         weights: list[dict[str, Any]],
         float_bytes: int,
@@ -175,7 +176,7 @@ class R2Quantizer(OptimumQuantizer):
             "quantize",
             base_model=manifest.last("train").get("hub_model_id") or _base_model(self.source),
             license=_license(self.source),
-            model_class=float_model_class(self.source).__name__,
+            model_class=type(model).__name__,
             quantization_config=config.to_dict(),
             weights=weights,
             bytes={"float": float_bytes, "compressed": weight_file_bytes(scratch)},

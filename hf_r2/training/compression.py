@@ -23,6 +23,7 @@ class TrainedCompression:
     Attributes:
         facts: for the manifest, once the model is compressed.
         floats: the float weights that it was compressed from.
+        deltas_are_due: whether the next batch is one to find δ of EWGS with.
 
     Args:
         config: how; without a method in `aware` the model is compressed after training.
@@ -46,7 +47,7 @@ class TrainedCompression:
         self.start_ratio = start_ratio
         self.facts: dict[str, Any] = {}
         self.floats: FloatWeights | None = None
-        self._begun = self._deltas_are_due = False
+        self._begun = self.deltas_are_due = False
         self._warned: set[str] = set()
 
     def attach(self, model: nn.Module) -> None:
@@ -62,13 +63,13 @@ class TrainedCompression:
             new_epoch |= not any(step.active for _, step in attached(model).values())  # not for a run that is resumed
             start_compression(model)
             self._begun = True
-        self._deltas_are_due |= self._begun and new_epoch
+        if self._begun and new_epoch and self.config.aware_options.get("delta") == HESSIAN:
+            self.deltas_are_due = True
 
-    def after_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        """Find δ of EWGS anew, where it is asked for, with the first batch of an epoch or of compression."""
-        if self._deltas_are_due and self.config.aware_options.get("delta") == HESSIAN:
-            update_deltas(model, small_batches(batch))
-        self._deltas_are_due = False
+    def update_deltas(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        """Find δ of EWGS anew, with the first batch of an epoch or of compression."""
+        update_deltas(model, small_batches(batch))
+        self.deltas_are_due = False
 
     def warn(self, model: nn.Module) -> None:
         """Warn of temperatures that are too high, once per weight."""

@@ -334,8 +334,8 @@ class R2Mixin(PublishingMixin):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Take a micro-batch's step; with the last of an optimizer step, add the R2 term's gradient."""
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if self.compression is not None:
-            self.compression.after_batch(self.model, self._prepare_inputs(inputs))
+        if self.compression is not None and self.compression.deltas_are_due:
+            self.compression.update_deltas(self.model, self._prepare_inputs(inputs))
         if self._r2_value is not None and self.accelerator.sync_gradients:
             self._r2_total = self._r2_total + self._r2_value
             self._r2_steps += 1

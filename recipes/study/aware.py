@@ -6,7 +6,6 @@
 Interrupt it at any time: finished runs stay, and the next start goes on.
 """
 
-import argparse
 import copy
 import logging
 import math
@@ -22,14 +21,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from plan import load_result, load_study, save_result
-from tables import insert, spread
+from plan import load_result, save_result
+from tables import run_and_publish, spread
 from tqdm import tqdm
 
-from hf_r2.files import atomic_write
 from hf_r2.report.tables import markdown_table
 
-README = Path(__file__).parent / "README.md"
 SHARED = ("model", "grain", "start_training", "training", "first_and_last")
 
 
@@ -194,21 +191,7 @@ def render(study: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path)
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--render", action="store_true")
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
-    study = load_study(options.study)
-    if not options.render:
-        run(study, options.processes)
-    current = README.read_text(encoding="utf-8")
-    rendered = insert(current, study["name"], "aware.py", render(study))
-    if not options.check:
-        atomic_write(README, rendered)
-    elif rendered != current:
-        raise SystemExit(f"README.md differs from the results: python recipes/study/aware.py {options.study} --render")
+    run_and_publish(__doc__, "aware.py", run, render)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from plan import candidates, chosen, load_result, load_study, settings, tests, trials
-from tables import insert, spread
+from plan import candidates, chosen, load_result, settings, tests, trials
+from tables import publish, spread
 
-from hf_r2.files import atomic_write
-
-HERE = Path(__file__).parent
 COLUMNS = {
     "float": "float",
     "min_max": "2 bits",
@@ -105,14 +102,7 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    study, readme = load_study(options.study), HERE / "README.md"
-    current = readme.read_text(encoding="utf-8")
-    rendered = insert(current, study["name"], "render.py", render(study))
-    if not options.check:
-        atomic_write(readme, rendered)
-        draw(study, HERE / f"{study['name']}.png")
-    elif rendered != current:
-        raise SystemExit(f"README.md differs from the results: python recipes/study/render.py {options.study}")
+    publish(options.study, "render.py", render, draw, options.check)
 
 
 if __name__ == "__main__":
