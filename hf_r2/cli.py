@@ -138,11 +138,12 @@ def evaluate(
     split: SplitOption = "test",
     inputs: InputOption = None,
     label: LabelOption = "label",
+    context: Annotated[int | None, typer.Option(help="Tokens of a sequence, for language models.")] = None,
     float_model: FloatOption = None,
     record: Annotated[bool, typer.Option("--record", help="Put the figures into manifest and card.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a classifier of images or texts; with --float also how close it is to its float model.
+    """Measure a classifier of images or texts, or a language model; with --float also how close it is to that one.
 
     Example: hf-r2 evaluate model-4bit --data digits --float me/model --record
 
@@ -155,7 +156,7 @@ def evaluate(
         if record:
             require_compressed(model)
         start = time.perf_counter()
-        labelled = _labelled(model, data, split, inputs, label)
+        labelled = _labelled(model, data, split, inputs, label, context)
         figures = evaluate_checkpoint(model, labelled, float_model)
         if record:
             record_figures(model, labelled, figures, time.perf_counter() - start)
@@ -246,15 +247,23 @@ def verify(
         raise typer.Exit(1)
 
 
-def _labelled(model: str, data: str, split: str, inputs: list[str] | None, label: str = "label") -> "LabelledData":
+def _labelled(
+    model: str,
+    data: str,
+    split: str,
+    inputs: list[str] | None,
+    label: str = "label",
+    context: int | None = None,
+) -> "LabelledData":
     """Name labelled data; columns have the usual names of the model's task by default."""
     from hf_r2.evaluation import LabelledData
-    from hf_r2.evaluation.checkpoint import task_of
+    from hf_r2.evaluation.checkpoint import as_seen_by, task_of
     from hf_r2.evaluation.data import hub_revision
 
     name, _, config = data.partition(":") if not Path(data).exists() else (data, "", "")
     inputs = inputs or ["image" if task_of(model) == "image-classification" else "text"]
-    return LabelledData(name, split, tuple(inputs), label, config or None, hub_revision(name))
+    labelled = LabelledData(name, split, tuple(inputs), label, config or None, hub_revision(name), context)
+    return as_seen_by(model, labelled)
 
 
 def _read_config(path: Path | None) -> dict[str, Any]:

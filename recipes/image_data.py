@@ -1,35 +1,52 @@
-"""Image data sets of the recipes: the embedded digits, a folder of images, or any data set of the Hub."""
+"""Images of the recipes: in memory, on disk or streamed, augmented or not."""
 
-from datasets import ClassLabel, DatasetDict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
-from hf_r2.evaluation.data import VALIDATION_FROM_TRAIN, hold_out, load_splits, require_column, take_split, to_pixels
+from augmentation import crop_and_flip
+from datasets import Dataset, IterableDataset
 
-__all__ = ["load_images", "to_pixels"]
+from hf_r2.evaluation.data import to_pixels
+
+SHUFFLE_BUFFER = 10_000
+"""Images, still encoded, that a stream is shuffled within."""
 
 
-def load_images(
-    name: str, image_column: str, label_column: str, evaluate_on: str, config: str | None, revision: str | None = None
-) -> DatasetDict:
-    """Load a data set as the splits `train` and `evaluation`.
+def take_examples(split: Dataset | IterableDataset, count: int) -> Dataset:
+    """Take the first examples, at most this many, for random access."""
+    if isinstance(split, IterableDataset):
+        return Dataset.from_list(list(split.take(count)), features=split.features)
+    return split.select(range(min(count, len(split))))
 
-    Args:
-        name: `digits`, a directory laid out as an imagefolder, or a name on the Hub.
-        image_column: column of the images.
-        label_column: column of the class labels.
-        evaluate_on: a split of the data set, or `validation_from_train`: a stratified fifth of the training data, held
-            out with a fixed seed. Choose hyper-parameters there and leave the test split alone.
-        config: configuration of a data set on the Hub.
-        revision: commit of a data set on the Hub; the newest without.
 
-    Raises:
-        ValueError: for a missing split or column, or labels that are not classes.
-    """
-    splits = load_splits(name, config, revision)
-    for column in (image_column, label_column):
-        require_column(splits["train"], column, name)
-    if not isinstance(splits["train"].features[label_column], ClassLabel):
-        raise ValueError(f"column {label_column!r} of {name} does not hold class labels; cast it to ClassLabel")
-    if evaluate_on == VALIDATION_FROM_TRAIN:
-        parts = hold_out(splits["train"], label_column)
-        return DatasetDict(train=parts["train"], evaluation=parts["test"])
-    return DatasetDict(train=splits["train"], evaluation=take_split(splits, evaluate_on, label_column, name))
+def transformed(
+    split: Dataset | IterableDataset, transform: Callable[[dict[str, list]], dict[str, Any]], seed: int | None = None
+) -> Dataset | IterableDataset:
+    """Transform batches on access; with a seed, a stream is shuffled."""
+    if isinstance(split, Dataset):
+        return split.with_transform(transform)
+    if seed is not None:
+        split = split.shuffle(seed, SHUFFLE_BUFFER)
+    return split.map(transform, batched=True, batch_size=64, remove_columns=split.column_names)
+
+
+def to_augmented_pixels(processor: Any, image_column: str, label_column: str) -> Callable[[dict[str, list]], Any]:
+    """Make the transform of a training batch: a random crop at the processor's size, then its scaling."""
+    augment = crop_and_flip(_input_size(processor))
+    to_scaled = to_pixels(partial(processor, do_resize=False, do_center_crop=False), image_column, label_column)
+
+    def transform(batch: dict[str, list]) -> dict[str, Any]:
+        images = [augment(image.convert("RGB")) for image in batch[image_column]]
+        return to_scaled({**batch, image_column: images})
+
+    return transform
+
+
+def _input_size(processor: Any) -> int:
+    """Return the side of the square images that a processor makes, in pixels."""
+    sizes = [size for size in (getattr(processor, "crop_size", None), processor.size) if size]
+    side = next((size[key] for size in sizes for key in ("height", "shortest_edge") if size.get(key)), None)
+    if side is None:
+        raise ValueError(f"{type(processor).__name__} makes no square images to crop for: use augmentation none")
+    return side

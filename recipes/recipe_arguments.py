@@ -3,6 +3,7 @@
 import difflib
 import json
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,12 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str] | None = N
     if not arguments or arguments[0].startswith("-"):
         parser.error("the first argument is a recipe, for example recipes/vision/digits/r2_2bit.yaml")
     path = Path(arguments.pop(0))
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        parser.error(f"cannot read the recipe {path}: {error}")
-    if not isinstance(recipe, dict):
-        parser.error(f"the recipe {path} is not a mapping of keys to values")
+    recipe = load_recipe(path, parser)
     known = {action.dest for action in parser._actions}
     for key in recipe:
         if key not in known:
             parser.error(f"unknown key {key!r} in {path}{_hint(key, known)}")
-    arguments = _apply_dotted(recipe, arguments, parser)
+    arguments = apply_dotted(recipe, arguments, parser)
     options = [*_as_options(recipe), *arguments]
     try:
         *dataclasses, remaining = parser.parse_args_into_dataclasses(options, return_remaining_strings=True)
@@ -49,7 +45,18 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str] | None = N
     return (*dataclasses, path)
 
 
-def _apply_dotted(recipe: dict[str, Any], arguments: list[str], parser: HfArgumentParser) -> list[str]:
+def load_recipe(path: Path, parser: ArgumentParser) -> dict[str, Any]:
+    """Read a recipe's keys and values; whatever is wrong with the file ends the program with a message."""
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"cannot read the recipe {path}: {error}")
+    if not isinstance(recipe, dict):
+        parser.error(f"the recipe {path} is not a mapping of keys to values")
+    return recipe
+
+
+def apply_dotted(recipe: dict[str, Any], arguments: list[str], parser: ArgumentParser) -> list[str]:
     """Write `--section.key value` into the recipe's mappings; return the other arguments."""
     rest: list[str] = []
     position = 0

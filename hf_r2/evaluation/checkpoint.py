@@ -1,6 +1,7 @@
 """Evaluation of checkpoints on data by name."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,14 +21,25 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_r2.evaluation.classification import evaluate_classifier
 from hf_r2.evaluation.data import LabelledData, to_pixels, to_tokens
+from hf_r2.evaluation.language_modeling import evaluate_language_model
+from hf_r2.evaluation.sequences import pack
+
+LONGEST_CONTEXT = 1024
+"""Tokens of a sequence that a language model is measured on, if it can take as many and nothing else is said."""
 
 MODEL_CLASSES = {
     "image-classification": "AutoModelForImageClassification",
     "text-classification": "AutoModelForSequenceClassification",
+    "text-generation": "AutoModelForCausalLM",
 }
 """Class that loads a model of a task."""
 
-_TASKS = {"ForImageClassification": "image-classification", "ForSequenceClassification": "text-classification"}
+_TASKS = {
+    "ForImageClassification": "image-classification",
+    "ForSequenceClassification": "text-classification",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+}
 
 
 def task_of(source: str | os.PathLike[str]) -> str:
@@ -43,32 +55,44 @@ def task_of(source: str | os.PathLike[str]) -> str:
     raise ValueError(f"{source} is a {architecture}: what can be evaluated is {', '.join(MODEL_CLASSES)}")
 
 
+def as_seen_by(source: str | os.PathLike[str], data: LabelledData) -> LabelledData:
+    """Return the data as a checkpoint reads it: a language model sees sequences, and no labels."""
+    if task_of(source) != "text-generation":
+        return data
+    longest = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", None) or LONGEST_CONTEXT
+    return replace(data, label=None, context=data.context or min(longest, LONGEST_CONTEXT))
+
+
 def evaluate_checkpoint(
     source: str | os.PathLike[str],
     data: LabelledData,
     float_source: str | os.PathLike[str] | None = None,
     batch_size: int = 64,
 ) -> dict[str, Any]:
-    """Measure a checkpoint, compressed or float, on labelled data.
+    """Measure a checkpoint, compressed or float, on labelled data, or a language model on texts.
 
     Args:
-        source: directory or Hub name of a classifier of images or texts, with its image processor or tokenizer.
+        source: directory or Hub name of a classifier of images or texts, or of a causal language model, with its image
+            processor or tokenizer.
         data: what it is measured on.
         float_source: the checkpoint that it was compressed from, to compare it with.
         batch_size: examples of a batch.
 
     Returns:
-        The figures of [`evaluate_classifier`].
+        The figures of [`evaluate_classifier`], or of [`evaluate_language_model`].
 
     Raises:
         ValueError: for tasks other than these, and as [`LabelledData.load`] does.
     """
     task = task_of(source)
+    data = as_seen_by(source, data)
     model = _load(source, task)
     float_model = None if float_source is None else _load(float_source, task)
     examples = data.load()
-    _require_same_classes(model, getattr(examples.features[data.label], "names", None), data.name)
-    return evaluate_classifier(model, batches_of(source, data, examples, batch_size), float_model=float_model)
+    measure = evaluate_language_model if task == "text-generation" else evaluate_classifier
+    if data.label is not None:
+        _require_same_classes(model, getattr(examples.features[data.label], "names", None), data.name)
+    return measure(model, batches_of(source, data, examples, batch_size), float_model=float_model)
 
 
 def batches_of(
@@ -79,7 +103,12 @@ def batches_of(
     Raises:
         ValueError: for tasks that cannot be evaluated.
     """
-    if task_of(source) == "image-classification":
+    task = task_of(source)
+    if task == "text-generation":
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        sequences = pack(examples, tokenizer, data.inputs[0], as_seen_by(source, data).context)
+        return DataLoader(sequences, batch_size=batch_size, collate_fn=default_data_collator)
+    if task == "image-classification":
         transform = to_pixels(AutoImageProcessor.from_pretrained(source), data.inputs[0], data.label)
         collate = default_data_collator
     else:

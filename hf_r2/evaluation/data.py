@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
@@ -25,17 +36,19 @@ class LabelledData:
         name: `digits` (scikit-learn's), a directory, or a data set on the Hub.
         split: one of its splits, or `validation_from_train`: see [`take_split`].
         inputs: columns of what the model sees: one of images, or one or two of text.
-        label: column of the class labels.
+        label: column of the class labels, as indices or names; None for language models.
         config: configuration of a data set on the Hub.
         revision: its commit; the newest without.
+        context: tokens of a sequence, for language models.
     """
 
     name: str
     split: str = "test"
     inputs: Sequence[str] = ("image",)
-    label: str = "label"
+    label: str | None = "label"
     config: str | None = None
     revision: str | None = None
+    context: int | None = None
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any], name: str | None = None) -> "LabelledData":
@@ -44,7 +57,8 @@ class LabelledData:
         Raises:
             ValueError: if they were in a directory, and nothing says where that is.
         """
-        known = {key: facts[key] for key in ("split", "inputs", "label", "config", "revision") if facts.get(key)}
+        keys = ("split", "inputs", "label", "config", "revision", "context")
+        known = {key: facts[key] for key in keys if key in facts}
         if name is not None:
             known.pop("revision", None)
         name = name or facts.get("hub_name") or (DIGITS if facts["name"] == DIGITS else None)
@@ -66,51 +80,115 @@ class LabelledData:
             ValueError: for a split or column that the data does not have, and labels that are no class indices.
             OSError: if they cannot be reached.
         """
-        data = take_split(load_splits(self.name, self.config, self.revision), self.split, self.label, self.name)
-        for column in (*self.inputs, self.label):
-            require_column(data, column, self.name)
-        if not isinstance(data.features[self.label], ClassLabel) and "int" not in str(data.features[self.label].dtype):
-            raise ValueError(f"column {self.label!r} of {self.name} does not hold class indices; cast it to ClassLabel")
+        data = take_split(self._splits(), self.split, self.label, self.name)
+        self._require_columns(data)
+        self._require_every_label(data)
         return data
 
+    def load_with_training(
+        self, streaming: bool = False
+    ) -> tuple[Dataset, Dataset] | tuple[IterableDataset, IterableDataset]:
+        """Load what to train on, and the examples to evaluate on, which are not among them.
 
-def load_splits(name: str, config: str | None = None, revision: str | None = None) -> DatasetDict:
+        Args:
+            streaming: read the examples when they are needed instead of all of them before.
+
+        Raises:
+            ValueError: as [`load`] does, and for data that cannot be streamed, or has no split `train`.
+            OSError: if they cannot be reached.
+        """
+        splits = self._splits(streaming)
+        if "train" not in splits:
+            raise ValueError(f"{self.name} has no split 'train' to train on; it has {list(splits)}")
+        self._require_columns(splits["train"])
+        if self.split == VALIDATION_FROM_TRAIN:
+            if streaming:
+                raise ValueError(f"nothing can be held out of a stream: evaluate on one of {list(splits)}")
+            parts = hold_out(splits["train"], self.label)
+            return parts["train"], parts["test"]
+        evaluation = take_split(splits, self.split, self.label, self.name)
+        self._require_columns(evaluation)
+        if not streaming:
+            self._require_every_label(evaluation)
+        return splits["train"], evaluation
+
+    def _splits(self, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
+        splits = load_splits(self.name, self.config, self.revision, streaming)
+        return splits if self.label is None or streaming else with_classes(splits, self.label)
+
+    def _require_columns(self, data: Dataset | IterableDataset) -> None:
+        for column in (*self.inputs, *([] if self.label is None else [self.label])):
+            require_column(data, column, self.name)
+        feature = None if self.label is None else data.features[self.label]
+        if feature is not None and not isinstance(feature, ClassLabel) and "int" not in str(feature.dtype):
+            raise ValueError(f"column {self.label!r} of {self.name} does not hold class indices; cast it to ClassLabel")
+
+    def _require_every_label(self, data: Dataset) -> None:
+        if self.label is not None and len(data) and min(data.unique(self.label)) < 0:
+            raise ValueError(
+                f"the labels of the {self.split} split of {self.name} are kept secret (−1): evaluate on another split"
+            )
+
+
+def with_classes(splits: DatasetDict, label: str) -> DatasetDict:
+    """Turn labels that are names into classes, numbered in the order of the alphabet; leave others as they are."""
+    columns = {split: data.features.get(label) for split, data in splits.items()}
+    if not all(isinstance(column, Value) and "string" in column.dtype for column in columns.values()):
+        return splits
+    names = sorted({name for data in splits.values() for name in data.unique(label)})
+    return splits.cast_column(label, ClassLabel(names=names))
+
+
+def class_names(data: Dataset | IterableDataset, label: str) -> list[str]:
+    """Return the names of the classes; of class indices without names, their numbers."""
+    feature = data.features[label]
+    return feature.names if isinstance(feature, ClassLabel) else [str(i) for i in range(max(data.unique(label)) + 1)]
+
+
+def load_splits(
+    name: str, config: str | None = None, revision: str | None = None, streaming: bool = False
+) -> DatasetDict | IterableDatasetDict:
     """Load a data set with all its splits: see [`LabelledData`] for the names.
 
     Raises:
-        ValueError: for digits without scikit-learn, and a directory that `datasets` cannot read.
+        ValueError: for digits without scikit-learn, a directory that `datasets` cannot read, and data that cannot be
+            streamed.
         OSError: if it cannot be reached.
     """
+    saved_by_datasets = any((Path(name) / marker).is_file() for marker in ("dataset_dict.json", "state.json"))
+    if streaming and (name == DIGITS or saved_by_datasets):
+        raise ValueError(f"{name} is not read from files one by one, so it cannot be streamed")
     if name == DIGITS:
         return _digits()
     if not os.path.isdir(name):
-        return load_dataset(name, config, revision=revision)
-    if not any((Path(name) / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
-        return load_dataset(name)
+        return load_dataset(name, config, revision=revision, streaming=streaming)
+    if not saved_by_datasets:
+        return load_dataset(name, streaming=streaming)
     saved = load_from_disk(name)
     return saved if isinstance(saved, DatasetDict) else DatasetDict({str(saved.split or "test"): saved})
 
 
-def take_split(splits: DatasetDict, split: str, label: str, name: str) -> Dataset:
+def take_split(splits: DatasetDict, split: str, label: str | None, name: str) -> Dataset:
     """Take a split by name, or `validation_from_train`: what [`hold_out`] takes from the training data.
 
     Raises:
         ValueError: naming the splits that there are.
     """
     if split == VALIDATION_FROM_TRAIN and "train" in splits:
-        require_column(splits["train"], label, name)
+        if label is not None:
+            require_column(splits["train"], label, name)
         return hold_out(splits["train"], label)["test"]
     if split not in splits:
         raise ValueError(f"{name} has no split {split!r}; it has {list(splits)} and {VALIDATION_FROM_TRAIN}")
     return splits[split]
 
 
-def hold_out(train: Dataset, label: str) -> DatasetDict:
-    """Split a stratified fifth off as `test`, with a fixed seed; the rest is `train`."""
+def hold_out(train: Dataset, label: str | None) -> DatasetDict:
+    """Split a fifth off as `test`, stratified by label if there is one, with a fixed seed; the rest is `train`."""
     return train.train_test_split(0.2, seed=SPLIT_SEED, stratify_by_column=label)
 
 
-def require_column(data: Dataset, column: str, name: str) -> None:
+def require_column(data: Dataset | IterableDataset, column: str, name: str) -> None:
     """Check that data have a column.
 
     Raises:

@@ -132,6 +132,11 @@ def published_row(evaluate: dict[str, Any]) -> dict[str, Any]:
     return next((row for row in evaluate.get("rows", []) if row.get("published")), {})
 
 
+def published_metrics(published: Mapping[str, Any]) -> list[str]:
+    """List the metrics of a row that the card's metadata holds."""
+    return [metric for metric in ("accuracy", "perplexity") if published.get(metric) is not None]
+
+
 def build_card(manifest: Manifest) -> ModelCard:
     """Build the card of a manifest that has a quantize stage."""
     facts = _card_facts(manifest)
@@ -216,10 +221,11 @@ def _metadata(facts: dict[str, Any]) -> ModelCardData:
                 dataset_config=facts["data"].get("config"),
                 dataset_split=facts["data"]["split"],
                 dataset_revision=facts["data"].get("revision"),
-                metric_type="accuracy",
-                metric_name="Accuracy",
-                metric_value=facts["published"]["accuracy"],
+                metric_type=metric,
+                metric_name=metric.capitalize(),
+                metric_value=facts["published"][metric],
             )
+            for metric in published_metrics(facts["published"])
         ]
     return ModelCardData(
         license=facts["license"],
@@ -228,7 +234,7 @@ def _metadata(facts: dict[str, Any]) -> ModelCardData:
         library_name="transformers",
         pipeline_tag=facts["pipeline_tag"],
         datasets=[facts["data"]["hub_name"]] if (facts["data"] or {}).get("hub_name") else None,
-        metrics=["accuracy"] if results else None,
+        metrics=published_metrics(facts["published"]) if results else None,
         tags=[
             "hf_r2",
             *(["range-regularization"] if facts["r2_sentence"] else []),

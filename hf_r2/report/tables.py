@@ -5,7 +5,16 @@ from statistics import fmean, stdev
 from typing import Any
 
 Row = dict[str, Any]
-HEADER = ("recipe", "weights", "batch norm", "accuracy", "recovery", "crest factor", "file bytes", "ratio")
+NAMES = ("recipe", "weights", "batch norm")
+COLUMNS = {
+    "accuracy": ("accuracy", "{:.1%}"),
+    "perplexity": ("perplexity", "{:.2f}"),
+    "recovery": ("recovery", "{:.1%}"),
+    "crest_factor": ("crest factor", "{:.2f}"),
+    "bytes": ("file bytes", "{:,.0f}"),
+    "ratio": ("ratio", "{:.1f}×"),
+}
+"""Heading and format of every figure of a result row; perplexity is a language model's."""
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -28,7 +37,7 @@ def result_table(runs: Sequence[Sequence[Row]]) -> str:
 
     Args:
         runs: rows of each run, the same rows in the same order: `recipe`, `weights`, `batch_norm`, `accuracy`,
-            `collapsed`, `recovery`, `crest_factor`, `bytes`, `ratio`.
+            `collapsed`, `recovery`, `crest_factor`, `bytes`, `ratio`, and of language models `perplexity`.
 
     Returns:
         Markdown; several runs as mean ± standard deviation. A row that collapsed in any run says so.
@@ -39,26 +48,18 @@ def result_table(runs: Sequence[Sequence[Row]]) -> str:
     labels = [[(row["recipe"], row["weights"], row["batch_norm"]) for row in rows] for rows in runs]
     if any(names != labels[0] for names in labels):
         raise ValueError("these runs measured different rows; render runs of one recipe together")
+    columns = {key: column for key, column in COLUMNS.items() if key in runs[0][0]}
     lines = []
     for same in zip(*runs, strict=True):
         collapsed = sum(row["collapsed"] for row in same)
         note = "" if not collapsed else " (collapsed)" if len(runs) == 1 else f" ({collapsed} of {len(runs)} collapsed)"
-        lines.append(
-            [
-                same[0]["recipe"],
-                same[0]["weights"],
-                same[0]["batch_norm"],
-                _spread(same, "accuracy", "{:.1%}") + note,
-                _spread(same, "recovery", "{:.1%}"),
-                _spread(same, "crest_factor", "{:.2f}"),
-                _spread(same, "bytes", "{:,.0f}"),
-                _spread(same, "ratio", "{:.1f}×"),
-            ]
-        )
-    return markdown_table(HEADER, lines)
+        figures = {key: spread(same, key, pattern) for key, (_, pattern) in columns.items()}
+        figures["accuracy"] += note
+        lines.append([*(same[0][key] for key in ("recipe", "weights", "batch_norm")), *figures.values()])
+    return markdown_table((*NAMES, *(heading for heading, _ in columns.values())), lines)
 
 
-def _spread(rows: Sequence[Row], key: str, pattern: str) -> str:
+def spread(rows: Sequence[Row], key: str, pattern: str) -> str:
     """Format a value, or the mean ± standard deviation of several that differ; nothing where none was measured."""
     values = [row[key] for row in rows]
     if None in values:

@@ -14,12 +14,12 @@ from transformers import AutoConfig, PreTrainedModel
 from hf_r2.evaluation import LabelledData, evaluate_checkpoint
 from hf_r2.files import weight_file_bytes
 from hf_r2.quantization.skeleton import architecture_class
-from hf_r2.report.card import CARD_NAME, average_bits, published_row
+from hf_r2.report.card import CARD_NAME, average_bits, published_metrics, published_row
 from hf_r2.report.manifest import Manifest
 
 PASS, FAIL, NOT_CHECKED = "pass", "fail", "not checked"
 
-_OWN = ("accuracy", "loss", "examples")
+_OWN = ("accuracy", "loss", "perplexity", "examples")
 _RELATIVE = ("recovery", "agreement", "kl")
 _SHARES = ("accuracy", "recovery", "agreement")
 _UNREADABLE = (ValueError, RuntimeError, OSError, HTTPError)
@@ -53,7 +53,7 @@ def verify_checkpoint(
 
     Weights are compared with their SHA-256, sizes are taken again, and the published figures are measured again on the
     data that the manifest names. Another machine rounds otherwise, so shares (accuracy, recovery, agreement) pass
-    within 0.001 or one and a half examples, and losses in nats within 1 %.
+    within 0.001 or one and a half examples, and losses in nats and perplexities within 1 %.
 
     Args:
         directory: checkpoint with its manifest.
@@ -95,14 +95,14 @@ def _all_checks(
 
 
 def _check_card(directory: Path, published: Mapping[str, Any]) -> Check:
-    """Compare the accuracy in the card's metadata with the manifest's."""
+    """Compare the metrics in the card's metadata with the manifest's."""
     claimed = published.get("accuracy")
     try:
         results = ModelCard.load(directory / CARD_NAME).data.eval_results or []
     except _UNREADABLE as error:
         return Check("card", claimed, None, FAIL, f"it cannot be read: {error}")
     values = [result.metric_value for result in results]
-    if values != [value for value in (claimed,) if value is not None]:
+    if values != [published[metric] for metric in published_metrics(published)]:
         return Check("card", claimed, values[0] if values else None, FAIL, "it differs from the manifest")
     return Check("card", claimed, claimed, PASS)
 

@@ -9,7 +9,6 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from image_data import load_images, to_pixels
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, ViTImageProcessor, set_seed
@@ -23,6 +22,8 @@ from hf_r2 import (
     select_weights,
     weight_statistics,
 )
+from hf_r2.evaluation import LabelledData
+from hf_r2.evaluation.data import VALIDATION_FROM_TRAIN, to_pixels
 from hf_r2.projection import clip_to_rms
 from hf_r2.refine import batch_norms, reestimate_batch_norm
 from hf_r2.selection import output_first
@@ -146,9 +147,9 @@ def accuracy(model: nn.Module, data: Examples) -> float:
 @cache
 def digits(split: str) -> tuple[Examples, Examples]:
     """Handwritten digits as the recipes use them, 32×32."""
-    data = load_images("digits", "image", "label", "validation_from_train" if split == "validation" else split, None)
+    data = LabelledData("digits", VALIDATION_FROM_TRAIN if split == "validation" else split).load_with_training()
     processor = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    parts = (to_pixels(processor, "image", "label")(part[:]) for part in (data["train"], data["evaluation"]))
+    parts = (to_pixels(processor, "image", "label")(part[:]) for part in data)
     return tuple(Examples(pixel_values=p["pixel_values"], labels=torch.tensor(p["labels"])) for p in parts)
 
 

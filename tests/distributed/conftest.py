@@ -17,7 +17,7 @@ def run_cases(tmp_path_factory):
         directory = tmp_path_factory.mktemp("cases")
         save_models(directory / "models")
         write_cases(directory, cases)
-        launch("trainer_run.py", directory, config=config, processes=1 if config == "single" else 2)
+        launch("trainer_run.py", directory, config=config, processes=1 if config == "cpu" else 2)
         return directory
 
     return run

@@ -28,7 +28,7 @@ def make_case(model, method, **settings):
 
 @pytest.fixture(scope="module")
 def alone(run_cases):
-    return run_cases({name: make_case(*case, evaluate=True) for name, case in CASES.items()}, "single")
+    return run_cases({name: make_case(*case, evaluate=True) for name, case in CASES.items()}, "cpu")
 
 
 @pytest.fixture(scope="module")

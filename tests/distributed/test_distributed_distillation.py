@@ -34,7 +34,7 @@ def case(name, **others):
 
 @pytest.fixture(scope="module")
 def alone(run_cases):
-    directory = run_cases({name: case(name) for name in SETTINGS}, "single")
+    directory = run_cases({name: case(name) for name in SETTINGS}, "cpu")
     return lambda name: Result.load(directory / name)
 
 

@@ -95,7 +95,7 @@ def alone(run_cases):
         cases[f"{model}-unrestricted"] = Case(model, {"r2_mode": "none", "max_grad_norm": 1.0})
     for model in UNTRAINED:
         cases[f"{model}-untrained"] = Case(model, {}, train=False, evaluate=True)
-    directory = run_cases(cases, "single")
+    directory = run_cases(cases, "cpu")
     return lambda name: Result.load(directory / name)
 
 

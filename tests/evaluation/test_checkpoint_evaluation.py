@@ -98,7 +98,9 @@ def test_what_cannot_be_evaluated_says_so(tmp_path, classifier, reader, texts):
     with pytest.raises(ValueError, match=r"has no split 'dev'; it has \['test'\]"):
         evaluate_checkpoint(reader, LabelledData(texts, "dev", ("first",)))
     with pytest.raises(ValueError, match="does not hold class indices"):
-        LabelledData(texts, "test", ("first",), "second").load()
+        scores = LabelledData(texts, "test", ("first",)).load().add_column("score", [0.5, 0.1, 0.2])
+        DatasetDict(test=scores).save_to_disk(tmp_path / "scores")
+        LabelledData(str(tmp_path / "scores"), "test", ("first",), "score").load()
 
 
 def test_classes_in_another_order_are_refused(classifier, tmp_path):
