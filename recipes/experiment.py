@@ -16,7 +16,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from run_state import last_whole_checkpoint, prepare_output
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, default_data_collator, set_seed
+from transformers import AutoConfig, TrainerCallback, default_data_collator, set_seed
 
 from hf_r2 import R2QuantizationConfig, R2Quantizer, R2Trainer, R2TrainingArguments, weight_statistics
 from hf_r2.evaluation import LabelledData
@@ -89,7 +89,8 @@ class Task:
         facts: of the data, for the manifest.
         config_options: fields of the model's config that follow from the data.
         collate: makes a batch of examples.
-        trainer_options: further arguments of the trainer.
+        trainer_class: makes the trainer.
+        callbacks: of the trainer.
     """
 
     pipeline_tag: str
@@ -102,7 +103,8 @@ class Task:
     facts: dict[str, Any]
     config_options: dict[str, Any]
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]] = default_data_collator
-    trainer_options: dict[str, Any] = field(default_factory=dict)
+    trainer_class: Callable[..., R2Trainer] = R2Trainer
+    callbacks: list[TrainerCallback] = field(default_factory=list)
 
 
 @dataclass
@@ -209,13 +211,14 @@ def train(recipe: ExperimentArguments, arm: Arm, task: Task) -> R2Trainer | None
         logger.info("%s is trained already: %s", arm.name, arm.directory / FLOAT)
         return None
     set_seed(arguments.seed)
-    trainer = R2Trainer(
+    trainer = task.trainer_class(
         model=make_model(recipe, task),
         args=arguments,
         train_dataset=task.train,
         processing_class=task.processor,
         quantization_config=R2QuantizationConfig(**recipe.quantization) if arguments.r2_aware else None,
-        **{"data_collator": task.collate, **task.trainer_options},
+        data_collator=task.collate,
+        callbacks=list(task.callbacks),
     )
     checkpoint = last_whole_checkpoint(arm.directory, arguments.world_size) if recipe.resume else None
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -8,22 +8,21 @@ model trained through its compression (`r2_aware`) has no float checkpoint; it i
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from augmentation import Mixup, soft_cross_entropy
+from augmentation import AUGMENTATIONS, EpochCallback, MixupTrainer, make_augmentation
 from experiment import ExperimentArguments, Task, class_options, data_facts, run
-from image_data import take_examples, to_augmented_pixels, transformed
+from image_data import AugmentedImages, input_size, on_access, stream_augmented, take_examples
 from recipe_arguments import parse_recipe
 from transformers import AutoModelForImageClassification, ConvNextImageProcessor, ViTImageProcessor
 
 # The name at the top level needs torchvision in transformers 5.10
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from hf_r2 import R2TrainingArguments
+from hf_r2 import R2Trainer, R2TrainingArguments
 from hf_r2.evaluation import LabelledData, evaluate_classifier
 from hf_r2.evaluation.data import class_names, hub_revision, to_pixels
-
-AUGMENTATIONS = ("none", "crop_flip")
 
 
 @dataclass
@@ -40,7 +39,8 @@ class ImageArguments(ExperimentArguments):
         default=1.0, metadata={"help": "Share of an image's shorter side that is evaluated, cropped at the centre."}
     )
     augmentation: str = field(
-        default="none", metadata={"help": "'crop_flip': random crops, which may be mirrored; or 'none'."}
+        default="none",
+        metadata={"help": "'crop_flip': random crops, which may be mirrored; 'trivial' (by torchvision); or 'none'."},
     )
     mixup: float = field(default=0.0, metadata={"help": "α of mixup; 0 mixes nothing."})
 
@@ -76,20 +76,25 @@ def make_task(recipe: ImageArguments, training: R2TrainingArguments) -> Task:
     )
     train, evaluation = data.load_with_training(recipe.streaming)
     labels = class_names(train, recipe.label_column)
-    training_transform = to_augmented_pixels if recipe.augmentation == "crop_flip" else to_pixels
     to_inputs = to_pixels(processor, *columns)
-    calibration = take_examples(train, recipe.calibration_examples)
+    if recipe.augmentation == "none":
+        training_images = on_access(train, to_inputs, training.seed)
+    else:
+        augment = make_augmentation(recipe.augmentation, input_size(processor))
+        augmented = stream_augmented if recipe.streaming else AugmentedImages
+        training_images = augmented(train, augment, processor, columns, training.seed)
     return Task(
         pipeline_tag="image-classification",
         auto_class=AutoModelForImageClassification,
         processor=processor,
-        train=transformed(train, training_transform(processor, *columns), seed=training.seed),
-        evaluation=transformed(evaluation, to_inputs),
-        calibration=transformed(calibration, to_inputs),
+        train=training_images,
+        evaluation=on_access(evaluation, to_inputs),
+        calibration=on_access(take_examples(train, recipe.calibration_examples), to_inputs),
         evaluate=evaluate_classifier,
         facts=data_facts(data, train, evaluation),
         config_options=class_options(labels),
-        trainer_options=mixing(recipe, training, len(labels)),
+        trainer_class=partial(MixupTrainer, recipe.mixup) if recipe.mixup else R2Trainer,
+        callbacks=[EpochCallback(training_images)] if isinstance(training_images, AugmentedImages) else [],
     )
 
 
@@ -101,14 +106,6 @@ def make_processor(recipe: ImageArguments) -> Any:
     if recipe.crop_share < 1:
         return ConvNextImageProcessor(size={"shortest_edge": recipe.image_size}, crop_pct=recipe.crop_share, **scale)
     return ViTImageProcessor(size={"height": recipe.image_size, "width": recipe.image_size}, **scale)
-
-
-def mixing(recipe: ImageArguments, training: R2TrainingArguments, classes: int) -> dict[str, Any]:
-    """Return what mixup changes about the trainer."""
-    if not recipe.mixup:
-        return {}
-    mixup = Mixup(recipe.mixup, classes, training.label_smoothing_factor)
-    return {"data_collator": mixup, "compute_loss_func": soft_cross_entropy}
 
 
 if __name__ == "__main__":
