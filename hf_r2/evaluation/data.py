@@ -1,6 +1,7 @@
 """Labelled data by name: what figures are measured on, and how the same examples are found again."""
 
 import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,12 @@ from datasets import (
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
+from hf_r2.evaluation.standard_library import STANDARD_LIBRARY, load_standard_library
+
 DIGITS = "digits"
+EMBEDDED = (DIGITS, *STANDARD_LIBRARY)
+"""Names of the data sets that need no network."""
+
 DIGITS_TEST_SHARE = 0.35
 VALIDATION_FROM_TRAIN = "validation_from_train"
 SPLIT_SEED = 0
@@ -33,12 +39,13 @@ class LabelledData:
     """Names labelled examples, so that figures can be measured on them again.
 
     Args:
-        name: `digits` (scikit-learn's), a directory, or a data set on the Hub.
+        name: `digits` (scikit-learn's), `python-bracket-depth` or `python-sources` (the standard library's, see
+            [`load_standard_library`]), a directory, or a data set on the Hub.
         split: one of its splits, or `validation_from_train`: see [`take_split`].
         inputs: columns of what the model sees: one of images, or one or two of text.
         label: column of the class labels, as indices or names; None for language models.
         config: configuration of a data set on the Hub.
-        revision: its commit; the newest without.
+        revision: its commit, the newest without; of the standard library's, the version of Python.
         context: tokens of a sequence, for language models.
     """
 
@@ -59,9 +66,9 @@ class LabelledData:
         """
         keys = ("split", "inputs", "label", "config", "revision", "context")
         known = {key: facts[key] for key in keys if key in facts}
-        if name is not None:
+        if name is not None and name not in STANDARD_LIBRARY:
             known.pop("revision", None)
-        name = name or facts.get("hub_name") or (DIGITS if facts["name"] == DIGITS else None)
+        name = name or facts.get("hub_name") or (facts["name"] if facts["name"] in EMBEDDED else None)
         if name is None:
             raise ValueError(f"its data {facts['name']!r} is not on the Hub: say where it is with --data")
         return cls(name, **known)
@@ -71,7 +78,8 @@ class LabelledData:
         folder = os.path.isdir(self.name)
         names = {"name": Path(self.name).absolute().name if folder else self.name}
         names["hub_name"] = self.name if _on_the_hub(self.name) else None
-        return {**asdict(self), **names}
+        revision = platform.python_version() if self.name in STANDARD_LIBRARY else None
+        return {**asdict(self), **names, "revision": self.revision or revision}
 
     def load(self) -> Dataset:
         """Load the examples.
@@ -104,6 +112,7 @@ class LabelledData:
         if self.split == VALIDATION_FROM_TRAIN:
             if streaming:
                 raise ValueError(f"nothing can be held out of a stream: evaluate on one of {list(splits)}")
+            require_examples_apart(self.name)
             parts = hold_out(splits["train"], self.label)
             return parts["train"], parts["test"]
         evaluation = take_split(splits, self.split, self.label, self.name)
@@ -151,15 +160,17 @@ def load_splits(
     """Load a data set with all its splits: see [`LabelledData`] for the names.
 
     Raises:
-        ValueError: for digits without scikit-learn, a directory that `datasets` cannot read, and data that cannot be
-            streamed.
+        ValueError: for digits without scikit-learn, a directory that `datasets` cannot read, data that cannot be
+            streamed, and as [`load_standard_library`] does.
         OSError: if it cannot be reached.
     """
     saved_by_datasets = any((Path(name) / marker).is_file() for marker in ("dataset_dict.json", "state.json"))
-    if streaming and (name == DIGITS or saved_by_datasets):
+    if streaming and (name in EMBEDDED or saved_by_datasets):
         raise ValueError(f"{name} is not read from files one by one, so it cannot be streamed")
     if name == DIGITS:
         return _digits()
+    if name in STANDARD_LIBRARY:
+        return load_standard_library(name, revision)
     if not os.path.isdir(name):
         return load_dataset(name, config, revision=revision, streaming=streaming)
     if not saved_by_datasets:
@@ -172,15 +183,27 @@ def take_split(splits: DatasetDict, split: str, label: str | None, name: str) ->
     """Take a split by name, or `validation_from_train`: what [`hold_out`] takes from the training data.
 
     Raises:
-        ValueError: naming the splits that there are.
+        ValueError: naming the splits that there are; for the standard library's, `validation_from_train`: texts of one
+            file are alike, and would be on both sides.
     """
     if split == VALIDATION_FROM_TRAIN and "train" in splits:
+        require_examples_apart(name)
         if label is not None:
             require_column(splits["train"], label, name)
         return hold_out(splits["train"], label)["test"]
     if split not in splits:
         raise ValueError(f"{name} has no split {split!r}; it has {list(splits)} and {VALIDATION_FROM_TRAIN}")
     return splits[split]
+
+
+def require_examples_apart(name: str) -> None:
+    """Check that a share of the examples can be held out without its like among the rest.
+
+    Raises:
+        ValueError: for the standard library's, several of which come from one file.
+    """
+    if name in STANDARD_LIBRARY:
+        raise ValueError(f"{name} is split by file: its split for choosing hyper-parameters is 'validation'")
 
 
 def hold_out(train: Dataset, label: str | None) -> DatasetDict:
@@ -234,7 +257,7 @@ def to_tokens(
 
 
 def _on_the_hub(name: str) -> bool:
-    return name != DIGITS and not os.path.isdir(name)
+    return name not in EMBEDDED and not os.path.isdir(name)
 
 
 def _digits() -> DatasetDict:
