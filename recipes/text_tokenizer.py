@@ -1,66 +1,83 @@
-"""Tokenizers of models that are trained from scratch: byte-level BPE, trained on the training texts."""
+"""Small byte-level BPE tokenizers, trained on the training texts of a recipe."""
 
 from collections.abc import Iterable
-from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-PAD, START, SEPARATOR, MASK, END = "[PAD]", "[CLS]", "[SEP]", "[MASK]", "<|endoftext|>"
+BYTES = 256
+PAD, CLS, SEP, MASK = "[PAD]", "[CLS]", "[SEP]", "[MASK]"
+END = "<|endoftext|>"
 
 
-def classifier_tokenizer(texts: Iterable[str], vocabulary: int, max_tokens: int) -> PreTrainedTokenizerFast:
-    """Train the tokenizer of a classifier, which reads `[CLS] text [SEP]` or `[CLS] text [SEP] pair [SEP]`.
+def classifier_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """Train a tokenizer that reads texts, or pairs of them, as BERT does: `[CLS] … [SEP]` and `[CLS] … [SEP] … [SEP]`.
 
     Args:
-        texts: what it is trained on.
-        vocabulary: tokens, at least the 256 bytes and the special ones.
-        max_tokens: longer texts are cut.
+        texts: the training split, and nothing else.
+        vocab_size: tokens at most, with the 256 bytes and the special tokens `[PAD]`, `[CLS]`, `[SEP]` and `[MASK]`.
+        max_length: tokens that the model takes.
 
     Raises:
-        ValueError: for a smaller vocabulary.
+        ValueError: for a vocabulary too small to hold the bytes, and without texts.
     """
-    tokenizer = _byte_pairs(texts, vocabulary, [PAD, START, SEPARATOR, MASK])
-    start, separator = (tokenizer.token_to_id(token) for token in (START, SEPARATOR))
+    tokenizer = _byte_level_bpe(texts, vocab_size, [PAD, CLS, SEP, MASK])
+    # The space before the mask belongs to it, as it does to every other word
+    tokenizer.add_special_tokens([AddedToken(MASK, lstrip=True)])
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{START} $A {SEPARATOR}",
-        pair=f"{START} $A {SEPARATOR} $B:1 {SEPARATOR}:1",
-        special_tokens=[(START, start), (SEPARATOR, separator)],
+        single=f"{CLS} $A {SEP}",
+        pair=f"{CLS} $A {SEP} $B:1 {SEP}:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (CLS, SEP)],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
+        model_max_length=max_length,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         pad_token=PAD,
-        cls_token=START,
-        sep_token=SEPARATOR,
-        mask_token=MASK,
-        model_max_length=max_tokens,
+        cls_token=CLS,
+        sep_token=SEP,
+        mask_token=AddedToken(MASK, lstrip=True),
     )
 
 
-def language_model_tokenizer(texts: Iterable[str], vocabulary: int, context: int) -> PreTrainedTokenizerFast:
-    """Train the tokenizer of a language model, whose texts end with one special token; see [`classifier_tokenizer`]."""
-    tokenizer = _byte_pairs(texts, vocabulary, [END])
+def language_model_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """Train a tokenizer that reads texts as GPT-2 does: as they are, with `<|endoftext|>` to put between them.
+
+    Args:
+        texts: the training split, and nothing else.
+        vocab_size: tokens at most, with the 256 bytes and `<|endoftext|>`, which begins, ends and pads.
+        max_length: tokens that the model takes.
+
+    Raises:
+        ValueError: for a vocabulary too small to hold the bytes, and without texts.
+    """
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, model_max_length=context
+        tokenizer_object=_byte_level_bpe(texts, vocab_size, [END]),
+        model_max_length=max_length,
+        model_input_names=["input_ids", "attention_mask"],
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END),
     )
 
 
-def token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """Return the fields of a model's config that follow from its tokenizer."""
-    names = ("pad_token_id", "bos_token_id", "eos_token_id")
-    ids = {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name) is not None}
-    return {"vocab_size": len(tokenizer), **ids}
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    return {"vocab_size": len(tokenizer), **{name: index for name, index in ids.items() if index is not None}}
 
 
-def _byte_pairs(texts: Iterable[str], vocabulary: int, special: list[str]) -> Tokenizer:
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocabulary < len(alphabet) + len(special):
-        raise ValueError(f"vocabulary={vocabulary} is below {len(alphabet) + len(special)}: bytes and special tokens")
+def _byte_level_bpe(texts: Iterable[str], vocab_size: int, special_tokens: list[str]) -> Tokenizer:
+    if vocab_size < BYTES + len(special_tokens):
+        raise ValueError(
+            f"a vocabulary of {vocab_size} cannot hold the {BYTES} bytes and {len(special_tokens)} special tokens: "
+            f"choose {BYTES + len(special_tokens)} or more"
+        )
+    texts = list(texts)
+    if not any(texts):
+        raise ValueError("there are no texts to train a tokenizer on")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
     return tokenizer
