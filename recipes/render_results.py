@@ -1,38 +1,95 @@
-"""Render the results table of README.md from the manifests in model_cards/.
+"""Render the results tables of README.md and recipes/README.md from the manifests in model_cards/.
 
 python recipes/render_results.py           # write
-python recipes/render_results.py --check   # exit 1 if README.md differs from what the manifests say
+python recipes/render_results.py --check   # exit 1 if a README differs from what the manifests say
 """
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hf_r2.files import atomic_write
 from hf_r2.report import Manifest, result_table
+from hf_r2.report.tables import markdown_table, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: rendered by recipes/render_results.py -->", "<!-- end of results -->"
 
 
+HEADER = (
+    "recipe", "data", "hardware", "seconds", "float", "PTQ", "R2 + PTQ", "aware", "R2 + aware", "bytes", "ratio",
+    "recovery",
+)  # fmt: skip
+
+
+def recipes(cards: Path) -> list[tuple[Path, list[Manifest]]]:
+    """List the published recipes, each with the manifests of its runs (seeds)."""
+    folders = [(path, sorted(path.glob("*/manifest.json"))) for path in sorted(cards.iterdir())]
+    return [(folder, [Manifest.load(path.parent) for path in paths]) for folder, paths in folders if paths]
+
+
 def render(cards: Path) -> str:
-    """Render one table per recipe; the runs of a recipe are the folders below its own."""
+    """Render one table per recipe, with every row that its runs measured."""
     parts = []
-    for recipe in sorted(path for path in cards.iterdir() if path.is_dir()):
-        runs = [Manifest.load(path.parent).last("evaluate") for path in sorted(recipe.glob("*/manifest.json"))]
-        if not runs:
-            continue
-        seeds = len(runs)
+    for folder, manifests in recipes(cards):
+        runs = [manifest.last("evaluate") for manifest in manifests]
         first = runs[0]
-        seconds = [run["seconds"] for run in runs]
-        hardware = first["environment"]["hardware"]
-        device = hardware["accelerator"] or f"{hardware['cpus']} CPU cores"
         parts.append(
-            f"[{first['name']}](model_cards/{recipe.name}) on {first['data']['name']}, {first['data']['split']} split "
-            f"({first['rows'][0]['examples']} examples), mean ± standard deviation over {seeds} seeds, "
-            f"{min(seconds):.0f}–{max(seconds):.0f} seconds a run on {device}:\n\n"
-            + result_table([run["rows"] for run in runs])
+            f"[{first['name']}](model_cards/{folder.name}) on {first['data']['name']}, {first['data']['split']} split "
+            f"({first['rows'][0]['examples']} {unit(first)}), mean ± standard deviation over {len(runs)} seeds, "
+            f"{seconds(runs)} seconds a run on {hardware(first)}:\n\n" + result_table([run["rows"] for run in runs])
         )
     return "\n\n".join(parts)
+
+
+def overview(cards: Path) -> str:
+    """Render one line per recipe: what compression costs after training and in training, with R2 and without."""
+    return markdown_table(HEADER, [overview_line(folder, manifests) for folder, manifests in recipes(cards)])
+
+
+def overview_line(folder: Path, manifests: Sequence[Manifest]) -> list[str]:
+    runs = [manifest.last("evaluate") for manifest in manifests]
+    r2, first = manifests[0].last("train")["r2"], runs[0]
+    aware = manifests[0].last("quantize")["quantization_config"].get("aware")
+    published = [next(row for row in run["rows"] if row.get("published")) for run in runs]
+    cells = dict.fromkeys(("float", "PTQ", "R2 + PTQ", "aware", "R2 + aware"), "")
+    baseline = [[row for row in run["rows"] if row["recipe"] == "baseline"] for run in runs]
+    if all(baseline):
+        cells["float"] = metric([rows[0] for rows in baseline])
+        cells["PTQ"] = metric([rows[-1] for rows in baseline])
+    cells[("R2 + " if r2 else "") + ("aware" if aware else "PTQ")] = metric(published)
+    return [
+        f"[{first['name']}](../model_cards/{folder.name})",
+        first["data"]["name"],
+        hardware(first),
+        seconds(runs),
+        *cells.values(),
+        spread(published, "bytes", "{:,.0f}"),
+        spread(published, "ratio", "{:.1f}×"),
+        spread(published, "recovery", "{:.1%}"),
+    ]
+
+
+def metric(rows: Sequence[dict[str, Any]]) -> str:
+    """Format the perplexity of language models, and the accuracy of classifiers."""
+    if "perplexity" in rows[0]:
+        return f"{spread(rows, 'perplexity', '{:.2f}')} ppl"
+    return spread(rows, "accuracy", "{:.1%}")
+
+
+def unit(run: dict[str, Any]) -> str:
+    return "tokens" if "perplexity" in run["rows"][0] else "examples"
+
+
+def seconds(runs: Sequence[dict[str, Any]]) -> str:
+    taken = [run["seconds"] for run in runs]
+    return f"{min(taken):.0f}–{max(taken):.0f}"
+
+
+def hardware(run: dict[str, Any]) -> str:
+    facts = run["environment"]["hardware"]
+    return facts["accelerator"] or f"{facts['cpus']} CPU cores"
 
 
 def insert(text: str, rendered: str) -> str:
@@ -43,13 +100,14 @@ def insert(text: str, rendered: str) -> str:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    current = readme.read_text(encoding="utf-8")
-    rendered = insert(current, render(ROOT / "model_cards"))
-    if "--check" not in sys.argv[1:]:
-        atomic_write(readme, rendered)
-    elif rendered != current:
-        raise SystemExit("README.md differs from the manifests: run python recipes/render_results.py")
+    tables: dict[Path, Callable[[Path], str]] = {ROOT / "README.md": render, ROOT / "recipes" / "README.md": overview}
+    for readme, table in tables.items():
+        current = readme.read_text(encoding="utf-8")
+        rendered = insert(current, table(ROOT / "model_cards"))
+        if "--check" not in sys.argv[1:]:
+            atomic_write(readme, rendered)
+        elif rendered != current:
+            raise SystemExit(f"{readme} differs from the manifests: run python recipes/render_results.py")
 
 
 if __name__ == "__main__":
