@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from run_state import last_whole_checkpoint, prepare_output
+from run_state import last_whole_checkpoint, prepare_output, require_same_training
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, TrainerCallback, default_data_collator, set_seed
 
@@ -59,6 +59,10 @@ class ExperimentArguments:
         default=True, metadata={"help": "Re-estimate batch-norm statistics after compression, without labels."}
     )
     calibration_examples: int = field(default=1024, metadata={"help": "Training examples for calibration, at most."})
+    floats_from: str | None = field(
+        default=None,
+        metadata={"help": "Output directory of a run with the same training: its float checkpoints are taken."},
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace the results of an earlier run."})
     resume: bool = field(default=False, metadata={"help": "Go on with an interrupted run of the same recipe."})
 
@@ -147,6 +151,8 @@ def run(
         with training.main_process_first(desc="loading the data"):
             task = make_task(recipe)
         arms = make_arms(recipe, training)
+        if recipe.floats_from is not None:
+            require_same_training(Path(recipe.floats_from), recipe, training)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     trainers = [train(recipe, arm, task) for arm in arms]
@@ -204,10 +210,10 @@ def train(recipe: ExperimentArguments, arm: Arm, task: Task) -> R2Trainer | None
     """Train one arm and save its checkpoint, float or as compressed; every arm starts from the same seed.
 
     Returns:
-        The trainer; None for an arm whose float checkpoint an interrupted run has left.
+        The trainer; None for an arm whose float checkpoint is there already.
     """
     arguments = arm.arguments
-    if recipe.resume and not arguments.r2_aware and (arm.directory / FLOAT).is_dir():
+    if not arguments.r2_aware and find_float(recipe, arm):
         logger.info("%s is trained already: %s", arm.name, arm.directory / FLOAT)
         return None
     set_seed(arguments.seed)
@@ -228,6 +234,17 @@ def train(recipe: ExperimentArguments, arm: Arm, task: Task) -> R2Trainer | None
         trainer.save_model(str(scratch))
         (scratch / "training_args.bin").unlink(missing_ok=True)
     return trainer
+
+
+def find_float(recipe: ExperimentArguments, arm: Arm) -> bool:
+    """Tell whether an arm's float checkpoint is there already, of an interrupted run or of another recipe's."""
+    if recipe.floats_from is not None:
+        source = Path(recipe.floats_from) / (BASELINE if arm.name == BASELINE else "") / FLOAT
+        if PartialState().is_main_process:
+            with atomic_directory(arm.directory / FLOAT) as scratch:
+                shutil.copytree(source, scratch, dirs_exist_ok=True)
+        return True
+    return recipe.resume and (arm.directory / FLOAT).is_dir()
 
 
 def make_model(recipe: ExperimentArguments, task: Task) -> torch.nn.Module:

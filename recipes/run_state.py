@@ -15,6 +15,9 @@ from hf_r2.files import atomic_write
 from hf_r2.report import Manifest
 
 RUN_NAME = "run.json"
+AFTER_TRAINING = {
+    "name", "quantization", "calibration_examples", "reestimate_batch_norm", "evaluate_on", "floats_from",
+}  # fmt: skip
 RESULTS = ("baseline", "float", "compressed_as_trained", "compressed")
 # What changes the results of a run, beside the recipe's own arguments and the r2_* ones
 _TRAINING = (
@@ -80,12 +83,36 @@ def _settings(recipe: Any, training: R2TrainingArguments) -> dict[str, Any]:
     return json.loads(json.dumps({**run, **{name: arguments[name] for name in names}}, default=str))
 
 
-def _require_same_run(output: Path, settings: dict[str, Any]) -> None:
+def require_same_training(earlier: Path, recipe: Any, training: R2TrainingArguments) -> None:
+    """Check that the float models of an earlier run are those that this one would train.
+
+    Raises:
+        ValueError: if they are missing, or were trained otherwise.
+    """
+    settings = _settings(recipe, training)
+    compared = settings.keys() - AFTER_TRAINING - {"with_baseline"}
+    if training.r2_aware:  # then the baseline alone is taken
+        compared -= {name for name in settings if name.startswith("r2_")}
+    changed = sorted(name for name in compared if settings[name] != _noted(earlier).get(name))
+    if changed:
+        raise ValueError(f"the float models in {earlier} were trained with other values of {', '.join(changed)}")
+    needed = [] if training.r2_aware else [earlier / "float"]
+    needed += [earlier / "baseline" / "float"] if recipe.with_baseline else []
+    for directory in needed:
+        if not directory.is_dir():
+            raise ValueError(f"{earlier} holds no {directory.relative_to(earlier)} to take: run its recipe first")
+
+
+def _noted(output: Path) -> dict[str, Any]:
     path = output / RUN_NAME
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _require_same_run(output: Path, settings: dict[str, Any]) -> None:
+    earlier = _noted(output)
     changed = [name for name in settings if settings[name] != earlier.get(name)]
     if changed:
         raise ValueError(
-            f"the run in {output} had other values of {', '.join(changed)} (see {path}): resume with the same, or "
-            "choose another --output_dir"
+            f"the run in {output} had other values of {', '.join(changed)} (see {output / RUN_NAME}): resume with the "
+            "same, or choose another --output_dir"
         )

@@ -1,7 +1,7 @@
 from dataclasses import dataclass
 
 import pytest
-from run_state import RUN_NAME, last_whole_checkpoint, prepare_output
+from run_state import RUN_NAME, last_whole_checkpoint, prepare_output, require_same_training
 from transformers.trainer_callback import TrainerState
 
 from hf_r2 import R2TrainingArguments
@@ -11,6 +11,8 @@ from hf_r2.report import Manifest
 @dataclass
 class Recipe:
     name: str = "model"
+    with_baseline: bool = True
+    quantization: str = "uniform"
     overwrite: bool = False
     resume: bool = False
 
@@ -108,3 +110,18 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path, damage):
     else:
         (cut / "rng_state_1.pth").unlink()
     assert last_whole_checkpoint(tmp_path, processes=2) == str(whole)
+
+
+def test_float_models_are_taken_from_a_run_with_the_same_training(tmp_path):
+    prepare_output(Recipe(), arguments(tmp_path, r2_mode="clip"))
+    other = Recipe("other", quantization="palette")
+    with pytest.raises(ValueError, match="holds no float to take"):
+        require_same_training(tmp_path, other, arguments(tmp_path / "new", r2_mode="clip"))
+    (tmp_path / "float").mkdir()
+    with pytest.raises(ValueError, match="holds no baseline/float to take"):
+        require_same_training(tmp_path, other, arguments(tmp_path / "new", r2_mode="clip"))
+    (tmp_path / "baseline" / "float").mkdir(parents=True)
+    require_same_training(tmp_path, other, arguments(tmp_path / "new", r2_mode="clip"))
+    with pytest.raises(ValueError, match="were trained with other values of r2_mode, seed"):
+        require_same_training(tmp_path, other, arguments(tmp_path / "new", r2_mode="prox", seed=1))
+    require_same_training(tmp_path, other, arguments(tmp_path / "new", r2_mode="prox", r2_aware="dkm"))
