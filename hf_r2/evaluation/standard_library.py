@@ -63,7 +63,7 @@ def load_standard_library(name: str, revision: str | None = None) -> DatasetDict
     """Make a data set of the standard library, with the splits `train`, `validation` and `test`.
 
     `python-bracket-depth` is to classify: a line of code as words between spaces, of which `[MASK]` hides one (`text`),
-    and inside how many brackets it stands (`label`, one of four classes). Every line opens a bracket inside another,
+    and inside how many brackets it stands (`label`, one of three classes). Every line opens a bracket inside another,
     so the words alone do not tell; what is before and behind the mask does, without exception. `python-sources` is to
     model: whole files (`text`). Both name the `file` that a text is from.
 
