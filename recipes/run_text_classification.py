@@ -60,14 +60,16 @@ def make_task(recipe: TextArguments) -> Task:
         tokenizer = classifier_tokenizer(texts, recipe.vocabulary, recipe.max_tokens)
         options = token_ids(tokenizer)
     transform = to_tokens(tokenizer, recipe.text_columns, recipe.label_column)
-    calibration = train.select(range(min(recipe.calibration_examples, len(train))))
+    tokens, evaluated = (
+        part.map(transform, batched=True, remove_columns=part.column_names) for part in (train, evaluation)
+    )
     return Task(
         pipeline_tag="text-classification",
         auto_class=AutoModelForSequenceClassification,
         processor=tokenizer,
-        train=train.with_transform(transform),
-        evaluation=evaluation.with_transform(transform),
-        calibration=calibration.with_transform(transform),
+        train=tokens,
+        evaluation=evaluated,
+        calibration=tokens.select(range(min(recipe.calibration_examples, len(tokens)))),
         evaluate=evaluate_classifier,
         facts=data_facts(data, train, evaluation),
         config_options={**options, **class_options(class_names(train, recipe.label_column))},

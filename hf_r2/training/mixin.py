@@ -23,6 +23,7 @@ from hf_r2.training.backends import differentiable_loss, require_supported
 from hf_r2.training.compression import TrainedCompression
 from hf_r2.training.distillation import Distillation, scores_next_token
 from hf_r2.training.publishing import PublishingMixin
+from hf_r2.training.resuming import ResumingMixin
 from hf_r2.training.strength import CrestTarget, GradientRatioTarget
 from hf_r2.training.teacher import START, copy_of, find_teacher, fingerprint, place
 
@@ -50,7 +51,7 @@ class _R2Callback(TrainerCallback):
         self.trainer.final_weights = self.trainer.weight_summary()
 
 
-class R2Mixin(PublishingMixin):
+class R2Mixin(PublishingMixin, ResumingMixin):
     """Restricts the range of weights in any Trainer: `class R2SFTTrainer(R2Mixin, SFTTrainer)`.
 
     `r2_mode="loss"` adds `strength × range loss` to the loss; `"prox"` and `"clip"` pull the weights back after each
