@@ -8,11 +8,11 @@ from torch import nn
 
 
 class ResumingMixin:
-    """Makes a Trainer's checkpoints hold the names that the model has, and refuse those that lack some of its weights.
+    """Makes a Trainer's checkpoints hold the names that the model has, and refuses those that lack some of its weights.
 
-    transformers saves models whose classes were renamed inside (ViT in 5.23) under the names of the first release, which
-    `from_pretrained` translates. Trainer reads its checkpoints without translating: it would go on with the weights that
-    the model was made with, and say so in a warning only.
+    transformers saves models whose modules were renamed (ViT in 5.23) under the names of the first release, which
+    `from_pretrained` translates. Trainer reads its checkpoints without translating: it would go on with the weights
+    that the model was made with, and say so in a warning only.
     """
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -25,8 +25,9 @@ class ResumingMixin:
         missing = [name for name in load_result.missing_keys if name not in ignored]
         if missing:
             raise ValueError(
-                f"the checkpoint lacks {len(missing)} tensors of {type(self.model).__name__}, for example {missing[0]!r}, "
-                "which would stay as they are: resume from a checkpoint of this model, saved by R2Trainer"
+                f"the checkpoint lacks {len(missing)} tensors of {type(self.model).__name__}, for example "
+                f"{missing[0]!r}, which would stay as they are: resume from a checkpoint of this model, saved by "
+                "R2Trainer"
             )
         super()._issue_warnings_after_load(load_result)
 
