@@ -24,10 +24,10 @@ pytestmark = pytest.mark.slow
 every_tiny = pytest.mark.parametrize("recipe", TINY, ids=lambda recipe: Path(recipe).parent.name)
 
 
-def launch_line(recipe, output, *options, processes=1):
+def launch_line(recipe, output, *options, processes=1, config=None):
     """Take the launch line of a recipe's header, as its users do, on the CPU."""
     script = re.search(r"accelerate launch (recipes/run_\w+\.py) ", (ROOT / recipe).read_text()).group(1)
-    config = CONFIGS / ("cpu.yaml" if processes == 1 else "cpu_2proc.yaml")
+    config = CONFIGS / (config or ("cpu.yaml" if processes == 1 else "cpu_2proc.yaml"))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", 0]
     return [*map(str, launcher), script, recipe, "--output_dir", str(output), "--use_cpu", "true", *options]
 
@@ -121,6 +121,13 @@ def test_two_processes_are_killed_and_resumed(uninterrupted, tmp_path):
     kill_when_there(run_dir / "checkpoint-6", recipe, run_dir, processes=2)
     run(recipe, run_dir, "--resume", "true", processes=2)
     assert results(run_dir) == results(uninterrupted(recipe, processes=2))
+
+
+def test_a_language_model_trains_cut_over_two_processes(tmp_path):
+    run("recipes/language/llama_wikitext/tiny.yaml", tmp_path / "run", processes=2, config="fsdp2.yaml")
+    finished, rows = results(tmp_path / "run")
+    assert "float/model.safetensors" in finished
+    assert all(row["perplexity"] < 1000 for row in rows)
 
 
 def test_another_recipe_is_not_resumed(uninterrupted):
