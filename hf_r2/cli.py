@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Compress Hugging Face models honestly.")
 
 ModelPath = Annotated[str, typer.Argument(help="Directory or Hub name of a float checkpoint.")]
-_DATA_HELP = "'digits', 'python-bracket-depth', a directory, or a data set on the Hub (name, or name:configuration)."
+_DATA_HELP = (
+    "'digits', 'python-bracket-depth', 'python-packages', a directory, or a data set on the Hub "
+    "(name, or name:configuration)."
+)
 DataOption = Annotated[str | None, typer.Option(help=_DATA_HELP)]
 SplitOption = Annotated[str, typer.Option(help="Split of the data.")]
 InputOption = Annotated[

@@ -39,8 +39,8 @@ class LabelledData:
     """Names labelled examples, so that figures can be measured on them again.
 
     Args:
-        name: `digits` (scikit-learn's), `python-bracket-depth` or `python-sources` (the standard library's, see
-            [`load_standard_library`]), a directory, or a data set on the Hub.
+        name: `digits` (scikit-learn's), `python-bracket-depth`, `python-packages` or `python-sources` (the standard
+            library's, see [`load_standard_library`]), a directory, or a data set on the Hub.
         split: one of its splits, or `validation_from_train`: see [`take_split`].
         inputs: columns of what the model sees: one of images, or one or two of text.
         label: column of the class labels, as indices or names; None for language models.

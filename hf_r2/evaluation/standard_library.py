@@ -7,10 +7,11 @@ every release of Python, so its version is their revision. Every file belongs to
 import hashlib
 import io
 import platform
+import re
 import sysconfig
 import tokenize
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from tqdm.auto import tqdm
 from hf_r2.files import atomic_directory
 
 BRACKET_DEPTH = "python-bracket-depth"
+PACKAGES = "python-packages"
 SOURCES = "python-sources"
-STANDARD_LIBRARY = (BRACKET_DEPTH, SOURCES)
-"""Names of the data sets: one to classify, one to model."""
+STANDARD_LIBRARY = (BRACKET_DEPTH, PACKAGES, SOURCES)
+"""Names of the data sets: two to classify, one to model."""
 
 # What every build has: Linux distributions leave out or split off other packages, and write into two of the modules
 _PACKAGES = (
@@ -58,14 +60,23 @@ _OPENING, _CLOSING = frozenset("([{"), frozenset(")]}")
 _NO_WORDS = {tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT}
 _ENDS = {tokenize.NEWLINE, tokenize.ENDMARKER}
 
+# Those with enough text in the files of every split
+LABELLED_PACKAGES = ["asyncio", "multiprocessing", "unittest", "urllib", "xml"]
+_NAME_OF_A_PACKAGE = re.compile("|".join(LABELLED_PACKAGES), re.IGNORECASE)
+_WORDS_OF_A_PIECE = 32
+_MOST_OF_A_PACKAGE = {"train": 800, "validation": 100, "test": 200}
+
 
 def load_standard_library(name: str, revision: str | None = None) -> DatasetDict:
     """Make a data set of the standard library, with the splits `train`, `validation` and `test`.
 
     `python-bracket-depth` is to classify: a line of code as words between spaces, of which `[MASK]` hides one (`text`),
     and inside how many brackets it stands (`label`, one of three classes). Every line opens a bracket inside another,
-    so the words alone do not tell; what is before and behind the mask does, without exception. `python-sources` is to
-    model: whole files (`text`). Both name the `file` that a text is from.
+    so the words alone do not tell; what is before and behind the mask does, without exception. `python-packages` is to
+    classify too: 32 words of code and documentation strings (`text`), without comments, and the package they are from
+    (`label`, one of five). `[MASK]` hides the names of the five wherever they stand, in longer words as well; a line
+    that occurs again, here or in another file, is left out there. `python-sources` is to model: whole files (`text`).
+    All name the `file` that a text is from.
 
     Args:
         name: one of [`STANDARD_LIBRARY`].
@@ -83,7 +94,7 @@ def load_standard_library(name: str, revision: str | None = None) -> DatasetDict
     made_by = _digest(Path(__file__).read_text(encoding="utf-8"))[:16]
     folder = Path(config.HF_DATASETS_CACHE) / "hf_r2" / f"{name}-{version}-{made_by}"
     if not folder.is_dir():
-        data = _bracket_depths() if name == BRACKET_DEPTH else _sources()
+        data = {BRACKET_DEPTH: _bracket_depths, PACKAGES: _packages, SOURCES: _sources}[name]()
         with atomic_directory(folder) as scratch:
             data.save_to_disk(scratch)
     return load_from_disk(folder)
@@ -128,22 +139,54 @@ def _sources() -> DatasetDict:
 
 
 def _bracket_depths() -> DatasetDict:
-    """Draw up to so many texts of every depth, by their digests, and leave them in that order."""
     examples: dict[str, tuple[int, str]] = {}
     for file, source in _files():
         for text, depth in _masked_lines(source):
             examples.setdefault(text, (min(depth, len(DEPTHS) - 1), file))
-    features = Features({"text": Value("string"), "label": ClassLabel(names=DEPTHS), "file": Value("string")})
-    rows: dict[str, dict[str, list[Any]]] = {split: {column: [] for column in features} for split in _MOST_OF_A_DEPTH}
+    return _balanced(examples, DEPTHS, _MOST_OF_A_DEPTH)
+
+
+def _packages() -> DatasetDict:
+    examples: dict[str, tuple[int, str]] = {}
+    seen: set[str] = set()
+    for file, source in _files():
+        package = file.partition("/")[0]
+        if package in LABELLED_PACKAGES:
+            for text in _pieces(source, seen):
+                examples.setdefault(text, (LABELLED_PACKAGES.index(package), file))
+    return _balanced(examples, LABELLED_PACKAGES, _MOST_OF_A_PACKAGE)
+
+
+def _balanced(
+    examples: Mapping[str, tuple[int, str]], classes: Sequence[str], most_of_a_class: Mapping[str, int]
+) -> DatasetDict:
+    """Draw up to so many texts of every class in each split, by their digests, and leave them in that order."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=list(classes)), "file": Value("string")})
+    rows: dict[str, dict[str, list[Any]]] = {split: {column: [] for column in features} for split in most_of_a_class}
     taken: Counter[tuple[str, int]] = Counter()
     for text in sorted(examples, key=_digest):
-        depth, file = examples[text]
+        label, file = examples[text]
         split = _split_of(file)
-        if taken[split, depth] < _MOST_OF_A_DEPTH[split]:
-            taken[split, depth] += 1
-            for column, value in zip(features, (text, depth, file), strict=True):
+        if taken[split, label] < most_of_a_class[split]:
+            taken[split, label] += 1
+            for column, value in zip(features, (text, label, file), strict=True):
                 rows[split][column].append(value)
     return DatasetDict({split: Dataset.from_dict(columns, features) for split, columns in rows.items()})
+
+
+def _pieces(source: str, seen: set[str]) -> Iterator[str]:
+    """Yield the words in pieces of equal number, without names of packages and lines `seen`, to which it adds its own.
+
+    Imports, boilerplate and what was copied from file to file would otherwise be in several splits.
+    """
+    words: list[str] = []
+    for line in _logical_lines(source):
+        text = " ".join(token.string for token in line)
+        if text not in seen:
+            seen.add(text)
+            words += _NAME_OF_A_PACKAGE.sub(MASK, text).split()
+    for start in range(0, len(words) - _WORDS_OF_A_PIECE + 1, _WORDS_OF_A_PIECE):
+        yield " ".join(words[start : start + _WORDS_OF_A_PIECE])
 
 
 def _masked_lines(source: str) -> Iterator[tuple[str, int]]:

@@ -11,7 +11,14 @@ from datasets import ClassLabel, config
 from hf_r2.evaluation import LabelledData
 from hf_r2.evaluation import standard_library as library
 from hf_r2.evaluation.data import load_splits, take_split
-from hf_r2.evaluation.standard_library import BRACKET_DEPTH, DEPTHS, SOURCES, STANDARD_LIBRARY
+from hf_r2.evaluation.standard_library import (
+    BRACKET_DEPTH,
+    DEPTHS,
+    LABELLED_PACKAGES,
+    PACKAGES,
+    SOURCES,
+    STANDARD_LIBRARY,
+)
 
 VERSION = platform.python_version()
 every_data_set = pytest.mark.parametrize("name", STANDARD_LIBRARY)
@@ -46,7 +53,7 @@ def test_no_file_and_no_text_is_in_two_splits(splits, name):
 @every_data_set
 def test_what_distributions_leave_out_or_change_is_not_there(splits, name):
     files = {file for split in splits[name].values() for file in split["file"][:]}
-    assert len(files) > 250
+    assert len(files) > (80 if name == PACKAGES else 250)
     assert not [file for file in files if re.search(r"(^|/)(tests?|__pycache__|site-packages)/", file)]
     assert not [
         file for file in files if file.startswith(("_", "idlelib", "tkinter", "lib2to3", "distutils", "turtle"))
@@ -76,25 +83,47 @@ def test_depths_are_those_of_brackets_counted_by_hand(splits):
     assert counted > 10_000
 
 
-def test_depths_are_balanced_classes(splits):
-    for split, of_split in splits[BRACKET_DEPTH].items():
+@pytest.mark.parametrize(
+    ("name", "classes", "largest_share"), [(BRACKET_DEPTH, DEPTHS, 0.4), (PACKAGES, LABELLED_PACKAGES, 0.3)]
+)
+def test_every_split_has_every_class_and_none_prevails(splits, name, classes, largest_share):
+    for split, of_split in splits[name].items():
         assert isinstance(of_split.features["label"], ClassLabel)
-        assert of_split.features["label"].names == DEPTHS
-        (_, most_frequent), *_ = Counter(of_split["label"][:]).most_common()
-        assert most_frequent / len(of_split) < 0.4, split
+        assert of_split.features["label"].names == classes
+        counts = Counter(of_split["label"][:])
+        assert len(counts) == len(classes), split
+        assert max(counts.values()) / len(of_split) < largest_share, split
 
 
-def test_masked_lines_are_told_by_a_small_example():
-    source = "call(first,\n    [1, (2)])  # (\nplain(1)\n"
-    texts = dict(library._masked_lines(source))
-    assert texts == {
-        "[MASK] ( first , [ 1 , ( 2 ) ] )": 0,
-        "call ( [MASK] , [ 1 , ( 2 ) ] )": 1,
-        "call ( first [MASK] [ 1 , ( 2 ) ] )": 1,
-        "call ( first , [ [MASK] , ( 2 ) ] )": 2,
-        "call ( first , [ 1 [MASK] ( 2 ) ] )": 2,
-        "call ( first , [ 1 , ( [MASK] ) ] )": 3,
-    }
+def test_packages_are_those_of_the_files_and_not_named_in_the_texts(splits):
+    masked = 0
+    for split in splits[PACKAGES].values():
+        for text, label, file in zip(split["text"][:], split["label"][:], split["file"][:], strict=True):
+            assert file.startswith(LABELLED_PACKAGES[label] + "/")
+            assert not [package for package in LABELLED_PACKAGES if package in text.lower()], text
+            assert len(text.split()) == 32
+            masked += "[MASK]" in text
+    assert masked > 100
+
+
+def test_no_line_of_code_is_in_two_pieces(splits):
+    """Of what is long enough to be told from the words that a line begins or ends with."""
+    texts = [text for split in splits[PACKAGES].values() for text in split["text"][:]]
+    definitions = Counter(found for text in texts for found in re.findall(r"\bdef \w+ \([^()]{20,}\) :", text))
+    assert len(definitions) > 300
+    assert max(definitions.values()) == 1
+
+
+def test_pieces_are_told_by_a_small_example(monkeypatch):
+    monkeypatch.setattr(library, "_WORDS_OF_A_PIECE", 4)
+    seen: set[str] = set()
+    source = '# A license\nimport xml.sax\n\ndef parse():\n    """Parse  XML\n    slowly."""\n    return xmlns\n'
+    assert list(library._pieces(source, seen)) == [
+        "import [MASK] . sax",
+        "def parse ( )",
+        ': """Parse [MASK] slowly."""',
+    ]
+    assert list(library._pieces("import xml.sax\nfrom asyncio import run\n", seen)) == ["from [MASK] import run"]
 
 
 @every_data_set
