@@ -1,0 +1,1 @@
+"""Bits for each weight under a budget of bytes."""
