@@ -12,6 +12,8 @@ import typer
 import yaml
 
 if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
     from hf_r2.evaluation import LabelledData
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Compress Hugging Face models honestly.")
@@ -111,7 +113,6 @@ def quantize(
     Example: hf-r2 quantize me/model model-4bit --refine adaround --data digits
     """
     from hf_r2 import R2QuantizationConfig, R2Quantizer
-    from hf_r2.evaluation.checkpoint import batches_of
     from hf_r2.quantization.stream import NotStreamable
     from hf_r2.report import render_card
 
@@ -120,11 +121,7 @@ def quantize(
     with _clear_errors():
         stated = {key: value for key, value in options.items() if value is not None}
         settings = R2QuantizationConfig(**{**_read_config(config), **stated})
-        calibration = None
-        if data is not None:
-            labelled = _labelled(model, data, split, inputs)
-            found = labelled.load()
-            calibration = batches_of(model, labelled, found.select(range(min(examples, len(found)))))
+        calibration = None if data is None else _batches(_labelled(model, data, split, inputs), model, examples)
         quantizer = R2Quantizer.from_pretrained(model)
         try:
             quantizer.stream(output, settings)
@@ -132,6 +129,69 @@ def quantize(
             quantizer.quantize(output, settings, calibration)
         render_card(output)
     typer.echo(f"{output} holds the compressed checkpoint and its card")
+
+
+@app.command()
+def plan(
+    model: ModelPath,
+    output: Annotated[Path, typer.Option(help="YAML file for `quantize --config`; a picture goes beside it.")],
+    target_size: Annotated[
+        str | None, typer.Option(help="Size of the weight files, at most: 4MB, 500kB, 1.5GiB or bytes.")
+    ] = None,
+    target_bits: Annotated[
+        float | None, typer.Option(help="Bits per compressed weight with codebooks, at most.")
+    ] = None,
+    min_recovery: Annotated[
+        float | None, typer.Option(help="Least share of the float model's accuracy, measured on --data.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="Codec: uniform, palette, least_squares, or any for each weight.")] = (
+        "palette"
+    ),
+    grain: Annotated[str, typer.Option(help="'tensor', 'channel' or a group size.")] = "channel",
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of weights; '*' is all, with embeddings. May be repeated."),
+    ] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Pattern of weights that stay as they are. May be repeated.")
+    ] = None,
+    sensitivity: Annotated[
+        str | None, typer.Option(help="sqnr (without data), fisher or kl (default with --data).")
+    ] = None,
+    data: DataOption = None,
+    split: SplitOption = "train",
+    inputs: InputOption = None,
+    label: LabelOption = "label",
+    examples: Annotated[int, typer.Option(help="Examples of the data, at most.")] = 256,
+) -> None:
+    """Choose the bits of every weight for a size or a recovery, and write them as a config for `quantize`.
+
+    With --data, losses are KL divergences from the float model, and the plan is measured. Take data that the model was
+    not trained on for --min-recovery.
+
+    Example: hf-r2 plan me/model --target-size 4MB --output plan.yaml && hf-r2 quantize me/model out --config plan.yaml
+
+    Example: hf-r2 plan me/model --min-recovery 0.99 --data me/images --split validation --output plan.yaml
+    """
+    from hf_r2.planning import plan_checkpoint
+    from hf_r2.planning.output import draw_plan, parse_size, plan_table, summary, write_plan
+
+    with _clear_errors():
+        found = plan_checkpoint(
+            model,
+            method,
+            grain,
+            target_bytes=None if target_size is None else parse_size(target_size),
+            target_bits=target_bits,
+            min_recovery=min_recovery,
+            batches=None if data is None else _batches(_labelled(model, data, split, inputs, label), model, examples),
+            sensitivity=sensitivity,
+            include=include,
+            skip=skip,
+        )
+        picture = draw_plan(found, output.with_suffix(".png"))
+        write_plan(found, output, f"hf-r2 quantize {model} <output> --config {output.name}")
+    typer.echo("\n".join([plan_table(found), "", *summary(found), f"wrote {output} and {picture}"]))
 
 
 @app.command()
@@ -267,6 +327,14 @@ def _labelled(
     inputs = inputs or ["image" if task_of(model) == "image-classification" else "text"]
     labelled = LabelledData(name, split, tuple(inputs), label, config or None, hub_revision(name), context)
     return as_seen_by(model, labelled)
+
+
+def _batches(labelled: "LabelledData", model: str, examples: int) -> "DataLoader":
+    """Read the first examples as a checkpoint does."""
+    from hf_r2.evaluation.checkpoint import batches_of
+
+    found = labelled.load()
+    return batches_of(model, labelled, found.select(range(min(examples, len(found)))))
 
 
 def _read_config(path: Path | None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ LAYERS = [
     {"codecs", "losses", "projection"},
     {"refine", "evaluation", "aware"},
     {"quantization", "training", "report", "hub"},
+    {"planning"},
     {"cli"},
 ]
 LEAVES = {"files", "adapters", "grain"}
@@ -162,11 +163,12 @@ def test_imports_run_downwards(module):
         assert not imported
 
 
+MATHS = {"codecs", "losses", "grain", "sharding", "cells", "moments"}
+MATHS_MODULES = {"planning/allocation.py", "planning/sensitivity.py"}
+
+
 @modules_where(
-    lambda module: (
-        part_of(module) in ("codecs", "losses", "grain", "sharding", "cells", "moments")
-        and module != "losses/range_loss.py"
-    )
+    lambda module: (part_of(module) in MATHS and module != "losses/range_loss.py") or module in MATHS_MODULES
 )
 def test_the_maths_imports_no_transformers(module):
     roots = {name.split(".")[0] for name in imported_modules(TREES[module])}

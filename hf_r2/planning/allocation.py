@@ -170,7 +170,7 @@ def _greedy(
 
 
 def _pareto(size: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    """Indices of the entries that no other beats in both; of equal ones the first, ordered by size."""
+    """Return the indices of entries that no other beats in both; of equal ones the first, ordered by size."""
     order = np.lexsort((loss, size))
     sorted_loss = loss[order]
     best_before = np.concatenate(([np.inf], np.minimum.accumulate(sorted_loss)[:-1]))

@@ -29,6 +29,9 @@ DTYPES = {
 """Safetensors' words for dtypes, in the order in which its files list their tensors: those of more bytes first."""
 
 DTYPE_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Dtype, as safetensors' word, and shape of tensors by name."""
+
 _CHUNK = 1 << 24  # bytes copied at a time
 
 
@@ -131,6 +134,25 @@ def _file(source: str, name: str) -> Path | None:
     return None if found is None else Path(found)
 
 
+def file_bytes(layout: Layout) -> int:
+    """Bytes of a file with these tensors, its header included, as [`TensorWriter`] and `safetensors` write it."""
+    return _lay_out(layout)[2]
+
+
+def _lay_out(layout: Layout) -> tuple[bytes, dict[str, int], int]:
+    """Make the head of a file: its bytes, where in the file every tensor begins, and where the file ends."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset, starts, ranks = 0, {}, list(DTYPES)
+    for name, (word, shape) in sorted(layout.items(), key=lambda item: (ranks.index(item[1][0]), item[0])):
+        starts[name] = offset
+        offset += math.prod(shape) * DTYPES[word].itemsize
+        header[name] = {"dtype": word, "shape": list(shape), "data_offsets": [starts[name], offset]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + start for name, start in starts.items()}, len(head) + offset
+
+
 class TensorWriter:
     """Writes a safetensors file whose tensors come one by one, in any order, where the header says.
 
@@ -142,18 +164,9 @@ class TensorWriter:
         layout: dtype, as safetensors' word, and shape of every tensor that will come.
     """
 
-    def __init__(self, path: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    def __init__(self, path: Path, layout: Layout) -> None:
         self._path, self._scratch = path, path.with_name(f".{path.name}.partial-{os.getpid()}")
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset, starts, ranks = 0, {}, list(DTYPES)
-        for name, (word, shape) in sorted(layout.items(), key=lambda item: (ranks.index(item[1][0]), item[0])):
-            starts[name] = offset
-            offset += math.prod(shape) * DTYPES[word].itemsize
-            header[name] = {"dtype": word, "shape": list(shape), "data_offsets": [starts[name], offset]}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        self._head = len(text).to_bytes(8, "little") + text
-        self._starts = {name: len(self._head) + start for name, start in starts.items()}
+        self._head, self._starts, _ = _lay_out(layout)
         self._file: BinaryIO
 
     def __enter__(self) -> Self:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.figure
 import numpy as np
@@ -73,6 +74,69 @@ def weight_profile(statistics: Sequence[WeightStatistics], path: str | os.PathLi
     lower.legend(frameon=False, fontsize=9)
     for axis in (upper, lower):
         axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    return Path(path)
+
+
+class SizedLoss(NamedTuple):
+    """A way to compress a model.
+
+    Args:
+        nbytes: bytes of its files.
+        predicted: loss that was predicted.
+        measured: KL divergence in nats that was measured; None if it was not.
+    """
+
+    nbytes: int
+    predicted: float
+    measured: float | None
+
+
+def size_against_loss(
+    front: Sequence[SizedLoss],
+    uniform: Mapping[str, SizedLoss],
+    chosen: SizedLoss,
+    path: str | os.PathLike[str],
+    unit: str,
+) -> Path:
+    """Draw size against predicted loss, and below it against measured loss where there is any.
+
+    Args:
+        front: points of the Pareto front, from the smallest on.
+        uniform: points of the same settings for all weights, by name.
+        chosen: the point that was chosen.
+        path: PNG file to write.
+        unit: what the predicted loss is.
+
+    Returns:
+        The path.
+    """
+    panels = [("predicted", f"predicted: {unit}")]
+    if chosen.measured is not None:
+        panels.append(("measured", "measured: KL divergence (nats)"))
+    figure = matplotlib.figure.Figure(figsize=(8, 3.4 * len(panels)), dpi=130, layout="constrained")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    scale, size_unit = (1e6, "MB") if chosen.nbytes >= 1e6 else (1e3, "kB")
+    for axis, (which, title) in zip(axes, panels, strict=True):
+
+        def curve(points: Sequence[SizedLoss], which: str = which) -> tuple[list[float], list[float]]:
+            """Sizes and losses above zero: a logarithmic axis has no place for the others."""
+            found = [(point.nbytes / scale, getattr(point, which)) for point in points]
+            kept = [(size, loss) for size, loss in found if loss is not None and loss > 0]
+            return [size for size, _ in kept], [loss for _, loss in kept]
+
+        axis.plot(*curve(front), ".-", color=_FLOAT_COLOR, label="Pareto front of the predicted loss")
+        axis.plot(*curve(list(uniform.values())), "s", color="#555555", markersize=5, label="uniform settings")
+        for name, point in uniform.items():
+            if (getattr(point, which) or 0) > 0:
+                at = (point.nbytes / scale, getattr(point, which))
+                axis.annotate(name, at, (5, 4), textcoords="offset points", fontsize=7, color="#555555")
+        axis.plot(*curve([chosen]), "*", color=_COMPRESSED_COLOR, markersize=15, label="plan")
+        axis.set_yscale("log")
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.legend(loc="upper right", frameon=False, fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel(f"weight files ({size_unit})")
     figure.savefig(path)
     return Path(path)
 

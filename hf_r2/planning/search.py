@@ -1,0 +1,146 @@
+"""Finds the settings of all weights, and measures on the way if there is calibration data."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tqdm.auto import tqdm
+
+from hf_r2.planning.allocation import supported_front
+from hf_r2.planning.calibration import CalibratedModel, Measured
+from hf_r2.planning.choices import Choices, Settings, Target
+
+ROUNDS = 4
+_DRAWN, _MEASURED = 64, 8
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to compress all weights.
+
+    Args:
+        settings: of every weight, by name.
+        file_bytes: bytes of the weight files.
+        predicted: sum of the losses of its choices, in the unit of the sensitivity.
+        measured: what it loses on the calibration data; None if that was not measured.
+    """
+
+    settings: Settings
+    file_bytes: int
+    predicted: float
+    measured: Measured | None = None
+
+
+class Search:
+    """A search among choices with losses that are taken to add up.
+
+    Attributes:
+        uniform: the points of the same method and bits for all weights.
+
+    Args:
+        choices: what there is to choose from.
+        losses: sensitivity of every choice, by weight.
+        model: measures points; without it only their predicted loss counts.
+    """
+
+    def __init__(self, choices: Choices, losses: Sequence[Sequence[float]], model: CalibratedModel | None) -> None:
+        self._choices, self._losses, self._model = choices, losses, model
+        self._front = supported_front(choices.nbytes, losses)
+        self.uniform = [
+            self._point(settings)
+            for settings in tqdm(choices.uniform(), desc="Uniform settings", disable=model is None)
+        ]
+
+    def allocate(self, target: Target) -> tuple[Point, float]:
+        """Find the point of least predicted loss within a target, and its optimality gap."""
+        found = target.allocate([dict(enumerate(own)) for own in self._losses])
+        return self._point(self._choices.settings(found.choices)), found.gap
+
+    def improve(self, point: Point, target: Target) -> Point:
+        """Lower the measured KL divergence of a point, or of uniform settings that fit and are better to begin with.
+
+        A round measures what changes when one weight takes the next smaller or the next larger choice while all others
+        stay as they are at the point, and allocates anew with these changes for losses. The search ends when the result
+        does not measure better, or after `ROUNDS`.
+        """
+        fitting = [other for other in self.uniform if target.size(self._choices.index(other.settings)) <= target.nbytes]
+        best = min((point, *fitting), key=lambda candidate: candidate.measured.kl)
+        for _ in range(ROUNDS):
+            found = target.allocate(self._changes(best))
+            moved = self._point(self._choices.settings(found.choices))
+            if moved.measured.kl >= best.measured.kl:
+                break
+            best = moved
+        return best
+
+    def reach(self, recovery: float) -> Point:
+        """Find the smallest point of the front, or of uniform settings, that was measured to reach a recovery.
+
+        The front is searched by bisection, as if recovery grew with size.
+
+        Raises:
+            ValueError: if none does, with the best that was measured.
+        """
+        low, high = -1, len(self._front) - 1
+        reached = self._on_front(high, measure=True)
+        best = max((reached, *self.uniform), key=lambda point: point.measured.recovery)
+        if best.measured.recovery < recovery:
+            raise ValueError(
+                f"a recovery of {recovery:g} cannot be reached with these weights, method and grain: the best measured "
+                f"is {best.measured.recovery:.4f}, at {best.file_bytes:,} bytes"
+            )
+        while high - low > 1:
+            middle = (low + high) // 2
+            point = self._on_front(middle, measure=True)
+            low, high = (low, middle) if point.measured.recovery >= recovery else (middle, high)
+            reached = point if high == middle else reached
+        reaching = [point for point in (reached, *self.uniform) if point.measured.recovery >= recovery]
+        return min(reaching, key=lambda point: (point.file_bytes, point.measured.kl))
+
+    def front(self) -> list[Point]:
+        """Return points of the Pareto front for a picture, from the smallest on; some of them are measured."""
+        measured = self._spread(_MEASURED) if self._model else set()
+        shown = sorted(self._spread(_DRAWN) | measured)
+        bar = tqdm(shown, desc="Pareto front", disable=self._model is None)
+        return [self._on_front(index, measure=index in measured) for index in bar]
+
+    def _spread(self, count: int) -> set[int]:
+        last = len(self._front) - 1
+        return {round(step * last / (count - 1)) for step in range(count)}
+
+    def _on_front(self, index: int, measure: bool) -> Point:
+        return self._point(self._choices.settings(self._front[index].choices), measure)
+
+    def _point(self, settings: Settings, measure: bool = True) -> Point:
+        measured = None
+        if measure and self._model is not None:
+            self._model.compress(settings)
+            measured = self._model.measure()
+        chosen = zip(self._losses, self._choices.index(settings), strict=True)
+        predicted = math.fsum(losses[choice] for losses, choice in chosen)
+        return Point(settings, self._choices.checkpoint.file_bytes(settings), predicted, measured)
+
+    def _changes(self, point: Point) -> list[dict[int, float]]:
+        """Measure by how much the KL divergence changes with a step of one weight, up or down."""
+        choices, model = self._choices, self._model
+        model.compress(point.settings)
+        changes = [{choice: 0.0} for choice in choices.index(point.settings)]
+        for index, name in enumerate(tqdm(choices.names, desc="Measuring around the plan", unit="weight")):
+            weight = choices.checkpoint.weights[name].read()
+            (current,) = changes[index]
+            for choice in _neighbours(choices.nbytes[index], self._losses[index], current):
+                with model.changed(name, choices.options[index][choice], weight):
+                    changes[index][choice] = model.measure().kl - point.measured.kl
+        return changes
+
+
+def _neighbours(nbytes: Sequence[int], losses: Sequence[float], current: int) -> list[int]:
+    """Return the next smaller and the next larger choice, of those that no smaller one beats in loss."""
+    useful, least = [], math.inf
+    for choice in sorted(range(len(nbytes)), key=lambda j: (nbytes[j], losses[j])):
+        if losses[choice] < least:
+            useful.append(choice)
+            least = losses[choice]
+    smaller = [choice for choice in useful if nbytes[choice] < nbytes[current]]
+    larger = [choice for choice in useful if nbytes[choice] > nbytes[current]]
+    return smaller[-1:] + larger[:1]
