@@ -58,22 +58,15 @@ def summary(plan: Plan) -> list[str]:
     """Say in a few lines what a plan takes and loses, and how far the allocation may be from the best one."""
     numel = sum(math.prod(weight.shape) for weight in plan.weights.values())
     bits = 8 * sum(weight.nbytes for weight in plan.weights.values()) / numel
-    lines = [
-        f"weight files: {plan.point.file_bytes:,} bytes; {bits:.3f} bits per compressed weight, codebooks included"
-    ]
+    lines = [f"weight files: {plan.point.file_bytes:,} bytes; {bits:.3f} bits per compressed weight with codebooks"]
     if plan.allocated is not None:
         lines.append(
-            f"allocation by {plan.sensitivity}: predicted loss {plan.allocated.predicted:.4g}, "
-            f"optimality gap {plan.gap:.2%}"
+            f"allocation by {plan.sensitivity}: {_losses(plan.allocated)}, optimality gap {plan.gap:.2%} of that"
         )
-        if plan.allocated.measured is not None:
-            lines[-1] += f", measured KL {plan.allocated.measured.kl:.4g} nats"
-    if plan.point.measured is not None:
-        lines.append(f"plan: predicted loss {plan.point.predicted:.4g}, measured {_measured(plan.point)}")
-        smaller = [point for point in plan.uniform if point.file_bytes <= plan.point.file_bytes]
-        best = min(smaller, key=lambda point: point.measured.kl, default=None)
-        if best is not None:
-            lines.append(f"best uniform settings of its size or less: {label(best)}, measured {_measured(best)}")
+    lines.append(f"plan: {_losses(plan.point)}")
+    if plan.best_uniform is not None:
+        size = f"{plan.best_uniform.file_bytes:,} bytes"
+        lines.append(f"best uniform settings: {label(plan.best_uniform)}, {size}, {_losses(plan.best_uniform)}")
     return lines
 
 
@@ -116,6 +109,9 @@ def _sized(points: Sequence[Point]) -> list[SizedLoss]:
     return [SizedLoss(p.file_bytes, p.predicted, None if p.measured is None else p.measured.kl) for p in points]
 
 
-def _measured(point: Point) -> str:
-    recovery = "" if point.measured.recovery is None else f", recovery {point.measured.recovery:.2%}"
-    return f"KL {point.measured.kl:.4g} nats{recovery}"
+def _losses(point: Point) -> str:
+    text = f"predicted loss {point.predicted:.4g}"
+    if point.measured is not None:
+        text += f", measured KL {point.measured.kl:.4g} nats"
+        text += "" if point.measured.recovery is None else f", recovery {point.measured.recovery:.2%}"
+    return text

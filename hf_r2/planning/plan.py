@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from hf_r2.codecs import CodecSettings, decode, encode
+from hf_r2.codecs import CodecSettings
 from hf_r2.grain import Grain
 from hf_r2.planning.calibration import CalibratedModel
 from hf_r2.planning.choices import Choices, Settings, Target
+from hf_r2.planning.losses import measured_losses
 from hf_r2.planning.search import Point, Search
-from hf_r2.planning.sensitivity import SENSITIVITIES, fisher_loss, relative_noise
+from hf_r2.planning.sensitivity import SENSITIVITIES
 from hf_r2.planning.source import FloatCheckpoint
 from hf_r2.quantization.config import R2QuantizationConfig
-from hf_r2.quantization.workers import start_workers
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class Plan:
         gap: by which share of its predicted loss the allocation may miss the best one; 0 is optimal.
         front: points of the Pareto front.
         uniform: points of the same method and bits for all weights.
+        best_uniform: the one of them that meets the same target and is best; None if none does.
     """
 
     config: R2QuantizationConfig
@@ -59,6 +59,7 @@ class Plan:
     gap: float
     front: list[Point]
     uniform: list[Point]
+    best_uniform: Point | None
 
 
 def plan_checkpoint(
@@ -105,13 +106,14 @@ def plan_checkpoint(
     model = None if batches is None else CalibratedModel(source, checkpoint, batches)
     if target is None and not model.labelled:
         raise ValueError("recovery takes labelled data, of which the float model predicts some right")
-    losses = _sensitivities(choices, sensitivity, model)
+    losses = measured_losses(choices, sensitivity, model)
     search = Search(choices, losses, model)
     allocated, gap = None, 0.0
     if target is None:
-        point = search.reach(min_recovery)
+        point, best_uniform = search.reach(min_recovery)
     else:
         allocated, gap = search.allocate(target)
+        best_uniform = search.best_uniform(target)
         point = allocated if model is None else search.improve(allocated, target)
     weights = {
         name: PlannedWeight(settings, tuple(weight.shape), weight.nbytes(settings), own[choice])
@@ -120,7 +122,7 @@ def plan_checkpoint(
         )
     }
     config = _config(point.settings, include, skip, min_numel)
-    return Plan(config, weights, sensitivity, point, allocated, gap, search.front(), search.uniform)
+    return Plan(config, weights, sensitivity, point, allocated, gap, search.front(), search.uniform, best_uniform)
 
 
 def _check(
@@ -136,41 +138,6 @@ def _check(
         raise ValueError("a least recovery is measured: give labelled data, or a target size or target bits")
     if not data and SENSITIVITIES[sensitivity]:
         raise ValueError(f"sensitivity {sensitivity!r} is measured: give data, or use sensitivity 'sqnr'")
-
-
-def _sensitivities(choices: Choices, sensitivity: str, model: CalibratedModel | None) -> list[list[float]]:
-    """Measure the loss of every choice of every weight."""
-    with tqdm(total=sum(map(len, choices.options)), desc=f"Sensitivities ({sensitivity})", unit="choice") as bar:
-        if sensitivity == "kl":
-            return _divergences(choices, model, bar)
-        fisher = model.fisher() if sensitivity == "fisher" else None
-
-        def measure(index: int) -> list[float]:
-            name, losses = choices.names[index], []
-            weight = choices.checkpoint.weights[name].read()
-            for settings in choices.options[index]:
-                decoded = decode(encode(weight, settings, name))
-                if fisher is None:
-                    losses.append(relative_noise(weight, decoded))
-                else:
-                    losses.append(fisher_loss(fisher[name].to(weight.device), weight, decoded))
-                bar.update()
-            return losses
-
-        with start_workers() as workers:
-            return list(workers.in_order(measure, range(len(choices.names))))
-
-
-def _divergences(choices: Choices, model: CalibratedModel, bar: tqdm) -> list[list[float]]:
-    found = []
-    for name, options in zip(choices.names, choices.options, strict=True):
-        weight, losses = choices.checkpoint.weights[name].read(), []
-        for settings in options:
-            with model.changed(name, settings, weight):
-                losses.append(model.measure().kl)
-            bar.update()
-        found.append(losses)
-    return found
 
 
 def _config(

@@ -56,6 +56,11 @@ class Search:
         found = target.allocate([dict(enumerate(own)) for own in self._losses])
         return self._point(self._choices.settings(found.choices)), found.gap
 
+    def best_uniform(self, target: Target) -> Point | None:
+        """Return the uniform point within a target of least measured, or else predicted, loss; None if none is."""
+        fitting = [point for point in self.uniform if target.size(self._choices.index(point.settings)) <= target.nbytes]
+        return min(fitting, key=lambda point: point.measured.kl if point.measured else point.predicted, default=None)
+
     def improve(self, point: Point, target: Target) -> Point:
         """Lower the measured KL divergence of a point, or of uniform settings that fit and are better to begin with.
 
@@ -63,8 +68,8 @@ class Search:
         stay as they are at the point, and allocates anew with these changes for losses. The search ends when the result
         does not measure better, or after `ROUNDS`.
         """
-        fitting = [other for other in self.uniform if target.size(self._choices.index(other.settings)) <= target.nbytes]
-        best = min((point, *fitting), key=lambda candidate: candidate.measured.kl)
+        uniform = self.best_uniform(target)
+        best = point if uniform is None or point.measured.kl <= uniform.measured.kl else uniform
         for _ in range(ROUNDS):
             found = target.allocate(self._changes(best))
             moved = self._point(self._choices.settings(found.choices))
@@ -73,10 +78,10 @@ class Search:
             best = moved
         return best
 
-    def reach(self, recovery: float) -> Point:
-        """Find the smallest point of the front, or of uniform settings, that was measured to reach a recovery.
+    def reach(self, recovery: float) -> tuple[Point, Point | None]:
+        """Find the smallest point that was measured to reach a recovery, and the smallest uniform one.
 
-        The front is searched by bisection, as if recovery grew with size.
+        Points of the front are searched by bisection, as if recovery grew with size. The point may be the uniform one.
 
         Raises:
             ValueError: if none does, with the best that was measured.
@@ -94,8 +99,9 @@ class Search:
             point = self._on_front(middle, measure=True)
             low, high = (low, middle) if point.measured.recovery >= recovery else (middle, high)
             reached = point if high == middle else reached
-        reaching = [point for point in (reached, *self.uniform) if point.measured.recovery >= recovery]
-        return min(reaching, key=lambda point: (point.file_bytes, point.measured.kl))
+        found = [point for point in (reached, *self.uniform) if point.measured.recovery >= recovery]
+        found.sort(key=lambda point: (point.file_bytes, point.measured.kl))
+        return found[0], next((point for point in found if point is not reached), None)
 
     def front(self) -> list[Point]:
         """Return points of the Pareto front for a picture, from the smallest on; some of them are measured."""

@@ -74,7 +74,7 @@ CASES = {
         {
             "vocab_size": VOCABULARY + 2,
             "hidden_size": 128,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "intermediate_size": 512,
             "max_position_embeddings": WINDOW,

@@ -1,0 +1,211 @@
+"""What planned bits are worth beside the same bits for all weights, at the same bytes, on three small trained models.
+
+python recipes/benchmarks/plan.py                    # train what is not trained yet, and measure on the CPU
+python recipes/benchmarks/plan.py --models bert      # one of them
+python recipes/benchmarks/plan.py --render           # write the tables of README.md from results/
+python recipes/benchmarks/plan.py --render --check   # exit 1 if README.md differs from what results/ say
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from benchmarks import measuring
+from benchmarks.measuring import HERE
+from benchmarks.plan_models import CASES, DATA, Examples, train
+
+from hf_r2 import decode, encode, select_weights
+from hf_r2.codecs import CodecSettings
+from hf_r2.evaluation import evaluate_classifier
+from hf_r2.planning.calibration import CalibratedModel
+from hf_r2.planning.choices import Choices, Settings, Target
+from hf_r2.planning.losses import measured_losses
+from hf_r2.planning.search import Point, Search
+from hf_r2.planning.sensitivity import SENSITIVITIES
+from hf_r2.planning.source import FloatCheckpoint
+from hf_r2.quantization.quantizer import load_float_model
+from hf_r2.report.tables import markdown_table
+from hf_r2.selection import output_first
+
+BEGIN, END = "<!-- plan -->", "<!-- end of plan -->"
+CODECS = {"palette": "tensor", "uniform": "channel"}
+BITS = (2, 3, 4)
+EXAMPLES = 128
+PROXIES = ("SQNR", "noise", "SQNR × elements", "Fisher")
+ROW_NAMES = {
+    "uniform": "uniform",
+    "sqnr": "allocated by SQNR",
+    "fisher": "allocated by Fisher",
+    "kl": "allocated by KL",
+    "plan": "plan",
+}
+
+
+def measure(name: str, source: Path, examples: int = EXAMPLES, codecs: Mapping[str, str] = CODECS) -> dict[str, Any]:
+    """Measure one trained model with every codec."""
+    learned, held_out = DATA[CASES[name].data]()
+    evaluate = evaluation(source, held_out)
+    result = {"model": name, "examples": examples, "held_out": len(held_out), "float": evaluate(None), "codecs": []}
+    checkpoint = FloatCheckpoint(str(source), None, None)
+    for method, grain in codecs.items():
+        start = time.perf_counter()
+        choices = Choices(checkpoint, method, grain)
+        model = CalibratedModel(str(source), checkpoint, learned.batches(count=examples))
+        losses = {sensitivity: measured_losses(choices, sensitivity, model) for sensitivity in SENSITIVITIES}
+        searches = {sensitivity: Search(choices, losses[sensitivity], None) for sensitivity in SENSITIVITIES}
+        search = Search(choices, losses["kl"], model)
+        rows = []
+        for bits in BITS:
+            uniform = next(point for point in search.uniform if largest_bits(point.settings) == bits)
+            target = Target(choices, uniform.file_bytes)
+            points = {"uniform": (uniform, None)}
+            points |= {sensitivity: each.allocate(target) for sensitivity, each in searches.items()}
+            points["kl"] = search.allocate(target)
+            points["plan"] = (search.improve(points["kl"][0], target), points["kl"][1])
+            rows += [row(bits, kind, point, gap, evaluate) for kind, (point, gap) in points.items()]
+        result["codecs"].append(
+            {
+                "method": method,
+                "grain": grain,
+                "correlations": correlations(checkpoint, losses),
+                "rows": rows,
+                "seconds": time.perf_counter() - start,
+            }
+        )
+    return result
+
+
+def largest_bits(settings: Settings) -> int:
+    return max(own.bits for own in settings.values())
+
+
+def row(
+    bits: int, kind: str, point: Point, gap: float | None, evaluate: Callable[[Settings], dict[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "bits": bits,
+        "kind": kind,
+        "bytes": point.file_bytes,
+        "gap": gap,
+        "calibration_kl": None if point.measured is None else point.measured.kl,
+        "settings": {name: own.bits for name, own in point.settings.items()},
+        **evaluate(point.settings),
+    }
+
+
+def evaluation(source: Path, examples: Examples) -> Callable[[Settings | None], dict[str, Any]]:
+    """Make the function that measures settings, or the float model, on held-out examples."""
+    model, floats = load_float_model(str(source)), load_float_model(str(source))
+    originals = {
+        name: output_first(module, getattr(module, attribute).detach())
+        for name, (module, attribute) in select_weights(floats).items()
+    }
+
+    @cache
+    def encoded(name: str, settings: CodecSettings) -> Any:
+        return encode(originals[name], settings, name)
+
+    def evaluate(settings: Settings | None) -> dict[str, Any]:
+        for name, (module, attribute) in select_weights(model).items():
+            weight = originals[name] if settings is None else decode(encoded(name, settings[name]))
+            getattr(module, attribute).data.copy_(output_first(module, weight))
+        figures = evaluate_classifier(model, examples.batches(), float_model=floats)
+        return {key: figures[key] for key in ("kl", "loss", "accuracy")}
+
+    return evaluate
+
+
+def correlations(checkpoint: FloatCheckpoint, losses: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, float]:
+    """Correlate what stands in for the measured KL divergence with it, by ranks over all choices of all weights."""
+    weights = [weight.read().double() for weight in checkpoint.weights.values()]
+    factors = {
+        "SQNR": [1.0 for _ in weights],
+        "noise": [weight.square().sum().item() for weight in weights],
+        "SQNR × elements": [float(weight.numel()) for weight in weights],
+    }
+    proxies = {
+        name: [factor * loss for factor, own in zip(each, losses["sqnr"], strict=True) for loss in own]
+        for name, each in factors.items()
+    }
+    proxies["Fisher"] = [loss for own in losses["fisher"] for loss in own]
+    measured = ranks([loss for own in losses["kl"] for loss in own])
+    return {name: float(np.corrcoef(ranks(values), measured)[0, 1]) for name, values in proxies.items()}
+
+
+def ranks(values: Sequence[float]) -> np.ndarray:
+    """Rank values; equal ones share the mean of their ranks."""
+    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    header = ("at the bytes of", "choice", "verdict", "file bytes", "gap", "KL (nats)", "loss (nats)", "accuracy")
+    cells, uniform = [], {}
+    for each in rows:
+        if each["kind"] == "uniform":
+            uniform = each
+        verdict = "" if each["kind"] != "plan" else "met" if never_worse(each, uniform) else "missed"
+        gap = "" if each["gap"] is None else f"{each['gap']:.2%}"
+        figures = (f"{each['kl']:.3g}", f"{each['loss']:.4f}", f"{each['accuracy']:.2%}")
+        names = (f"{each['bits']} bits", ROW_NAMES[each["kind"]], verdict)
+        cells.append((*names, f"{each['bytes']:,}", gap, *figures))
+    return markdown_table(header, cells)
+
+
+def never_worse(plan: Mapping[str, Any], uniform: Mapping[str, Any]) -> bool:
+    """Whether held-out loss or accuracy of a plan, and its KL divergence, are no worse than uniform settings'."""
+    return plan["kl"] <= uniform["kl"] and (plan["loss"] <= uniform["loss"] or plan["accuracy"] >= uniform["accuracy"])
+
+
+def render(result: Mapping[str, Any]) -> str:
+    facts = (
+        "**{model}**: {device}, {threads} thread(s), torch {torch}, hf_r2 {hf_r2}, commit {commit}, {date}; calibrated "
+        "on {examples} training examples, measured on {held_out} others. Float: loss {loss:.4f}, accuracy {accuracy:.2%}."
+    )
+    parts = [facts.format(**{**result, **result["float"]})]
+    for codec in result["codecs"]:
+        found = ", ".join(f"{name} {codec['correlations'][name]:.3f}" for name in PROXIES)
+        parts.append(
+            f"`{codec['method']}`, grain {codec['grain']}, {codec['seconds']:.0f} s. Rank correlation with KL: {found}."
+        )
+        parts.append(table(codec["rows"]))
+    return "\n\n".join(parts)
+
+
+def render_readme(readme: str, results: Path) -> str:
+    """Put all results between their markers."""
+    rendered = "\n\n".join(map(render, measuring.read(sorted(results.glob("plan-*.json")))))
+    return measuring.between(readme, BEGIN, END, rendered)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--directory", type=Path, default=Path("outputs/plan"), help="of the float checkpoints")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--render", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args(argv)
+    if options.render:
+        render_all = partial(render_readme, results=HERE / "results")
+        return measuring.update_readme(render_all, options.check, "plan.py")
+    torch.set_num_threads(options.threads)
+    for name in options.models:
+        source = options.directory / name
+        if not source.exists():
+            train(CASES[name], source)
+        result = {**measuring.facts(options.threads), **measure(name, source)}
+        measuring.save(result, HERE / "results" / f"plan-{name}.json")
+        print(render(result))
+
+
+if __name__ == "__main__":
+    main()
