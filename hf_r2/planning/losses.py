@@ -5,11 +5,14 @@ from tqdm.auto import tqdm
 from hf_r2.codecs import decode, encode
 from hf_r2.planning.calibration import CalibratedModel
 from hf_r2.planning.choices import Choices
-from hf_r2.planning.sensitivity import fisher_loss, relative_noise
+from hf_r2.planning.sensitivity import SENSITIVITIES, fisher_loss, relative_noise
 from hf_r2.quantization.workers import start_workers
 
+Losses = list[list[float]]
+"""Losses by weight and choice."""
 
-def measured_losses(choices: Choices, sensitivity: str, model: CalibratedModel | None) -> list[list[float]]:
+
+def measured_losses(choices: Choices, sensitivity: str, model: CalibratedModel | None) -> dict[str, Losses]:
     """Measure the loss of every choice of every weight, one weight at a time.
 
     Args:
@@ -18,36 +21,28 @@ def measured_losses(choices: Choices, sensitivity: str, model: CalibratedModel |
         model: for those that need data.
 
     Returns:
-        Losses by weight and choice.
+        The losses by that sensitivity, and by those that cost less and fall off on the way.
     """
-    with tqdm(total=sum(map(len, choices.options)), desc=f"Sensitivities ({sensitivity})", unit="choice") as bar:
-        if sensitivity == "kl":
-            return _divergences(choices, model, bar)
-        fisher = model.fisher() if sensitivity == "fisher" else None
+    wanted = list(SENSITIVITIES)[: list(SENSITIVITIES).index(sensitivity) + 1]
+    fisher = model.fisher() if "fisher" in wanted else {}
 
-        def measure(index: int) -> list[float]:
-            name, losses = choices.names[index], []
-            weight = choices.checkpoint.weights[name].read()
-            for settings in choices.options[index]:
+    def measure(index: int) -> dict[str, list[float]]:
+        name, found = choices.names[index], {kind: [] for kind in wanted}
+        weight = choices.checkpoint.weights[name].read()
+        for settings in choices.options[index]:
+            if "kl" in wanted:
+                with model.changed(name, settings, weight) as decoded:
+                    found["kl"].append(model.measure().kl)
+            else:
                 decoded = decode(encode(weight, settings, name))
-                if fisher is None:
-                    losses.append(relative_noise(weight, decoded))
-                else:
-                    losses.append(fisher_loss(fisher[name].to(weight.device), weight, decoded))
-                bar.update()
-            return losses
-
-        with start_workers() as workers:
-            return list(workers.in_order(measure, range(len(choices.names))))
-
-
-def _divergences(choices: Choices, model: CalibratedModel, bar: tqdm) -> list[list[float]]:
-    found = []
-    for name, options in zip(choices.names, choices.options, strict=True):
-        weight, losses = choices.checkpoint.weights[name].read(), []
-        for settings in options:
-            with model.changed(name, settings, weight):
-                losses.append(model.measure().kl)
+            found["sqnr"].append(relative_noise(weight, decoded))
+            if fisher:
+                found["fisher"].append(fisher_loss(fisher[name].to(weight.device), weight, decoded))
             bar.update()
-        found.append(losses)
-    return found
+        return found
+
+    total, every = sum(map(len, choices.options)), range(len(choices.names))
+    with tqdm(total=total, desc=f"Sensitivities ({sensitivity})", unit="choice") as bar, start_workers() as workers:
+        # The model is one, and takes one weight after another
+        found = list(map(measure, every) if "kl" in wanted else workers.in_order(measure, every))
+    return {kind: [own[kind] for own in found] for kind in wanted}

@@ -78,8 +78,8 @@ def plan_checkpoint(
     """Choose codec and bits of every weight of a float checkpoint.
 
     Without data, memory follows the largest weight. With data, the allocation is measured beside the uniform settings
-    that fit the target, and improved by [`Search.improve`]. What measures best is the plan: on the calibration data it
-    is never worse than uniform settings.
+    that fit the target and allocations by cheaper sensitivities, and improved by [`Search.improve`]. What measures best
+    is the plan: on the calibration data it is never worse than uniform settings.
 
     Args:
         source: directory or Hub name.
@@ -107,7 +107,7 @@ def plan_checkpoint(
     if target is None and not model.labelled:
         raise ValueError("recovery takes labelled data, of which the float model predicts some right")
     losses = measured_losses(choices, sensitivity, model)
-    search = Search(choices, losses, model)
+    search = Search(choices, dict(reversed(losses.items())), model)
     allocated, gap = None, 0.0
     if target is None:
         point, best_uniform = search.reach(min_recovery)
@@ -118,7 +118,11 @@ def plan_checkpoint(
     weights = {
         name: PlannedWeight(settings, tuple(weight.shape), weight.nbytes(settings), own[choice])
         for (name, weight), settings, own, choice in zip(
-            checkpoint.weights.items(), point.settings.values(), losses, choices.index(point.settings), strict=True
+            checkpoint.weights.items(),
+            point.settings.values(),
+            losses[sensitivity],
+            choices.index(point.settings),
+            strict=True,
         )
     }
     config = _config(point.settings, include, skip, min_numel)

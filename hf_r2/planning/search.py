@@ -1,14 +1,15 @@
 """Finds the settings of all weights, and measures on the way if there is calibration data."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
-from hf_r2.planning.allocation import supported_front
+from hf_r2.planning.allocation import Allocation, supported_front
 from hf_r2.planning.calibration import CalibratedModel, Measured
 from hf_r2.planning.choices import Choices, Settings, Target
+from hf_r2.planning.losses import Losses
 
 ROUNDS = 4
 _DRAWN, _MEASURED = 64, 8
@@ -39,13 +40,14 @@ class Search:
 
     Args:
         choices: what there is to choose from.
-        losses: sensitivity of every choice, by weight.
+        losses: of every choice, by sensitivity; the first is what points are predicted by.
         model: measures points; without it only their predicted loss counts.
     """
 
-    def __init__(self, choices: Choices, losses: Sequence[Sequence[float]], model: CalibratedModel | None) -> None:
-        self._choices, self._losses, self._model = choices, losses, model
-        self._front = supported_front(choices.nbytes, losses)
+    def __init__(self, choices: Choices, losses: Mapping[str, Losses], model: CalibratedModel | None) -> None:
+        self._choices, self._model = choices, model
+        self._losses, *self._others = losses.values()
+        self._front = supported_front(choices.nbytes, self._losses)
         self.uniform = [
             self._point(settings)
             for settings in tqdm(choices.uniform(), desc="Uniform settings", disable=model is None)
@@ -53,7 +55,7 @@ class Search:
 
     def allocate(self, target: Target) -> tuple[Point, float]:
         """Find the point of least predicted loss within a target, and its optimality gap."""
-        found = target.allocate([dict(enumerate(own)) for own in self._losses])
+        found = _allocate(target, self._losses)
         return self._point(self._choices.settings(found.choices)), found.gap
 
     def best_uniform(self, target: Target) -> Point | None:
@@ -62,14 +64,17 @@ class Search:
         return min(fitting, key=lambda point: point.measured.kl if point.measured else point.predicted, default=None)
 
     def improve(self, point: Point, target: Target) -> Point:
-        """Lower the measured KL divergence of a point, or of uniform settings that fit and are better to begin with.
+        """Lower the measured KL divergence of a point.
 
+        The search begins with what measures best: the point, allocations by the other sensitivities, uniform settings.
         A round measures what changes when one weight takes the next smaller or the next larger choice while all others
         stay as they are at the point, and allocates anew with these changes for losses. The search ends when the result
         does not measure better, or after `ROUNDS`.
         """
+        others = [self._point(self._choices.settings(_allocate(target, losses).choices)) for losses in self._others]
         uniform = self.best_uniform(target)
-        best = point if uniform is None or point.measured.kl <= uniform.measured.kl else uniform
+        starts = [point, *others] if uniform is None else [point, *others, uniform]
+        best = min(starts, key=lambda start: start.measured.kl)
         for _ in range(ROUNDS):
             found = target.allocate(self._changes(best))
             moved = self._point(self._choices.settings(found.choices))
@@ -138,6 +143,10 @@ class Search:
                 with model.changed(name, choices.options[index][choice], weight):
                     changes[index][choice] = model.measure().kl - point.measured.kl
         return changes
+
+
+def _allocate(target: Target, losses: Losses) -> Allocation:
+    return target.allocate([dict(enumerate(own)) for own in losses])
 
 
 def _neighbours(nbytes: Sequence[int], losses: Sequence[float], current: int) -> list[int]:

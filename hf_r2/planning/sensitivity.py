@@ -20,7 +20,7 @@ from hf_r2.codecs.error import energies
 from hf_r2.grain import pieces
 
 SENSITIVITIES = {"sqnr": False, "fisher": True, "kl": True}
-"""Names, and whether they need data."""
+"""Names, those that cost least first, and whether they need data."""
 
 FISHER_ROWS = 8
 _SEED = 0

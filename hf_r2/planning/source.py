@@ -12,7 +12,14 @@ from hf_r2.quantization.config import R2QuantizationConfig
 from hf_r2.quantization.hf_quantizer import R2HfQuantizer, unsaved
 from hf_r2.quantization.quantizer import load_float_model
 from hf_r2.quantization.stream import NotStreamable, plan_stream
-from hf_r2.quantization.tensor_files import DTYPE_WORDS, DTYPES, Layout, file_bytes
+from hf_r2.quantization.tensor_files import (
+    DTYPE_WORDS,
+    DTYPES,
+    Layout,
+    checkpoint_files,
+    file_bytes,
+    stored_tensors,
+)
 from hf_r2.selection import output_first
 
 
@@ -59,7 +66,9 @@ class FloatCheckpoint:
             plan = plan_stream(source, config)
         except NotStreamable:
             self._shards, self.weights = _of_model(source, config)
+            self._longer_names = _longer_names(source, self._shards)
             return
+        self._longer_names = 0
         stored = {name: tensor for shard in plan.shards.values() for name, tensor in shard.items()}
         self._shards: list[Layout] = [
             {name: (tensor.dtype, tensor.shape) for name, tensor in shard.items()} for shard in plan.shards.values()
@@ -79,8 +88,12 @@ class FloatCheckpoint:
         return sum(weight.shape.numel() for weight in self.weights.values())
 
     def file_bytes(self, settings: Mapping[str, CodecSettings]) -> int:
-        """Bytes of the safetensors files with these weights compressed, what is not compressed and headers included."""
-        return sum(file_bytes(dict(self._becomes(shard, settings))) for shard in self._shards)
+        """Bytes of the safetensors files with these weights compressed, what is not compressed and headers included.
+
+        They are exact where the files are read tensor by tensor. Where transformers gives tensors other names in files
+        than in the model, it is a few bytes a tensor too many.
+        """
+        return sum(file_bytes(dict(self._becomes(shard, settings))) for shard in self._shards) + self._longer_names
 
     def _becomes(
         self, shard: Layout, settings: Mapping[str, CodecSettings]
@@ -94,6 +107,24 @@ class FloatCheckpoint:
             tensors = blank(weight.shape, weight.dtype, settings[name]).tensors(name)
             found += [(key, (DTYPE_WORDS[tensor.dtype], tuple(tensor.shape))) for key, tensor in tensors.items()]
         return found
+
+
+def _longer_names(source: str, shards: Sequence[Layout]) -> int:
+    """Bytes by which the names in a checkpoint's files may lengthen the header of the compressed one.
+
+    A compressed weight has two tensors, so names cost up to twice what they cost in the float files.
+    """
+    try:
+        files = checkpoint_files(source)
+    except ValueError:  # no safetensors
+        return 0
+    theirs = sum(file.stat().st_size - sum(tensor.nbytes for tensor in stored_tensors(file).values()) for file in files)
+    ours = sum(file_bytes(shard) - _data_bytes(shard) for shard in shards)
+    return 2 * max(0, theirs - ours)
+
+
+def _data_bytes(layout: Layout) -> int:
+    return sum(torch.Size(shape).numel() * DTYPES[word].itemsize for word, shape in layout.values())
 
 
 def _of_model(source: str, config: R2QuantizationConfig) -> tuple[list[Layout], dict[str, FloatWeight]]:
