@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
+from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 from typer.testing import CliRunner
 
 from hf_r2.cli import app
@@ -69,9 +69,36 @@ def test_quantize_makes_ternary_weights(checkpoint, tmp_path):
     assert {encoded.settings.basis for encoded in model.hf_quantizer.encoded.values()} == {"ternary"}
 
 
+def test_plan_writes_what_quantize_reads(checkpoint, tmp_path):
+    plan, out = tmp_path / "plan.yaml", tmp_path / "out"
+    options = ["--target-size", "7kB", "--method", "uniform", "--skip", "classifier.*", "--output", str(plan)]
+    result = run(app, ["plan", str(checkpoint), *options])
+    assert result.exit_code == 0, result.output
+    assert "optimality gap 0.00%" in result.stdout
+    assert plan.with_suffix(".png").is_file()
+    assert run(app, ["quantize", str(checkpoint), str(out), "--config", str(plan)]).exit_code == 0
+    assert 6_500 < (out / "model.safetensors").stat().st_size <= 7_000
+    bits = {e.settings.bits for e in AutoModelForImageClassification.from_pretrained(out).hf_quantizer.encoded.values()}
+    assert len(bits) > 1
+
+
+def test_plan_measures_on_data(checkpoint, tmp_path):
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(checkpoint)
+    options = ["--data", "digits", "--examples", "64", "--method", "uniform", "--target-bits", "5"]
+    result = run(app, ["plan", str(checkpoint), *options, "--output", str(tmp_path / "plan.yaml")])
+    assert result.exit_code == 0, result.output
+    assert "measured KL" in result.stdout
+    assert "recovery" in (tmp_path / "plan.yaml").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["plan", "{model}", "--output", "{out}"], "give exactly one of"),
+        (["plan", "{model}", "--output", "{out}", "--target-size", "5kB", "--target-bits", "2"], "give exactly one of"),
+        (["plan", "{model}", "--output", "{out}", "--target-size", "big"], "write 4MB"),
+        (["plan", "{model}", "--output", "{out}", "--target-size", "1kB"], "cannot be planned"),
+        (["plan", "{model}", "--output", "{out}", "--min-recovery", "0.9"], "give labelled data"),
         (["quantize", "{model}", "{out}", "--bits", "1"], "bits=1"),
         (["quantize", "{model}", "{out}", "--cluster-dim", "2"], "'cluster_dim' is an option of method 'palette'"),
         (["quantize", "{model}", "{out}", "--method", "least_squares", "--basis", "ternary"], "set bits=2"),

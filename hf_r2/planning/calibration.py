@@ -33,7 +33,7 @@ class CalibratedModel:
         source: directory or Hub name of the float checkpoint.
         checkpoint: the same, for its float weights.
         batches: keyword arguments of the model, whose output has logits `(…, classes)`, which are kept for all of them;
-            with `labels`, class indices, if recovery is to be measured.
+            with `labels`, class indices of rows, if recovery is to be measured.
 
     Raises:
         ValueError: if there are no batches, or the model has no logits.
@@ -124,7 +124,7 @@ class CalibratedModel:
 
 
 def _right(logits: Tensor, labels: Tensor | None) -> int | None:
-    """Count right predictions; None without a class for every row."""
-    if labels is None or labels.shape != logits.shape[:-1]:
+    """Count right predictions of a classifier of rows; None for other models and without classes."""
+    if labels is None or logits.dim() != 2 or labels.shape != logits.shape[:-1]:
         return None
     return int((logits.argmax(dim=-1) == labels).sum())

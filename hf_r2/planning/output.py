@@ -19,7 +19,7 @@ LOSS_UNITS = {
     "fisher": "½ Σ F (W−Ŵ)² (nats)",
     "kl": "KL divergence (nats)",
 }
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 def parse_size(text: str) -> int:
@@ -28,7 +28,7 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: for anything else.
     """
-    found = re.fullmatch(r"\s*(\d+\.?\d*)\s*(k|M|G|Ki|Mi|Gi|)B?\s*", text)
+    found = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMG]I?|)B?\s*", text.upper())
     if found is None:
         raise ValueError(f"{text!r} is not a size: write 4MB, 500kB, 1.5GiB or a number of bytes")
     return int(float(found[1]) * _UNITS[found[2]])

@@ -11,6 +11,7 @@ from hf_r2.codecs.encoded import blank
 from hf_r2.quantization.config import R2QuantizationConfig
 from hf_r2.quantization.hf_quantizer import R2HfQuantizer, unsaved
 from hf_r2.quantization.quantizer import load_float_model
+from hf_r2.quantization.skeleton import float_model_class
 from hf_r2.quantization.stream import NotStreamable, plan_stream
 from hf_r2.quantization.tensor_files import (
     DTYPE_WORDS,
@@ -55,12 +56,13 @@ class FloatCheckpoint:
         min_numel: smallest number of elements that is compressed.
 
     Raises:
-        ValueError: as `select_weights` does, and for checkpoints that are no float ones.
+        ValueError: as `select_weights` does, and for a checkpoint that is already quantized.
     """
 
     def __init__(
         self, source: str, include: Sequence[str] | None, skip: Sequence[str] | None, min_numel: int = 0
     ) -> None:
+        float_model_class(source)
         config = R2QuantizationConfig(include=include, skip=skip, min_numel=min_numel, grain="tensor")
         try:
             plan = plan_stream(source, config)

@@ -1,0 +1,55 @@
+"""The benchmark of plans runs, and its README says what it measured."""
+
+import math
+
+import numpy as np
+import pytest
+from benchmarks import measuring
+from benchmarks import plan as benchmark
+from benchmarks.plan_models import CASES, DATA, train
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    source = tmp_path_factory.mktemp("plan") / "digits-resnet"
+    train(CASES["digits-resnet"], source, steps=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "BITS", (3,))
+        measured = benchmark.measure("digits-resnet", source, examples=32, codecs={"uniform": "tensor"})
+    return {**measuring.facts(1), **measured}
+
+
+def test_every_choice_has_figures_at_the_bytes_of_uniform_bits(result):
+    (codec,) = result["codecs"]
+    uniform, *others = codec["rows"]
+    assert [row["kind"] for row in codec["rows"]] == list(benchmark.ROW_NAMES)
+    assert set(uniform["settings"].values()) == {3}
+    assert all(row["bytes"] <= uniform["bytes"] and row["gap"] == 0 for row in others)
+    assert others[-1]["calibration_kl"] <= min(uniform["calibration_kl"], others[-2]["calibration_kl"])
+    assert all(math.isfinite(row[key]) for row in codec["rows"] for key in ("kl", "loss", "accuracy"))
+    assert set(codec["correlations"]) == set(benchmark.PROXIES)
+
+
+def test_ranks_share_their_mean():
+    assert np.array_equal(benchmark.ranks([3.0, 1.0, 3.0, 9.0]), [2.5, 1.0, 2.5, 4.0])
+
+
+def test_the_table_says_where_a_plan_is_worse_than_uniform_bits(result):
+    (codec,) = result["codecs"]
+    uniform, plan = codec["rows"][0], codec["rows"][-1]
+    rows = [uniform, {**plan, "kl": uniform["kl"]}, {**plan, "kl": 2 * uniform["kl"]}]
+    verdicts = [line.split("|")[3].strip() for line in benchmark.table(rows).splitlines()[2:]]
+    assert verdicts == ["", "met", "missed"]
+
+
+def test_texts_are_windows_of_known_words_by_package():
+    train_part, test_part = DATA["sources"]()
+    tokens = train_part.tensors["input_ids"]
+    assert tokens.shape[1] == CASES["bert"].model["max_position_embeddings"]
+    assert set(tokens.unique().tolist()) <= set(range(1, CASES["bert"].model["vocab_size"]))
+    assert len(set(test_part.tensors["labels"].tolist())) == CASES["bert"].model["num_labels"]
+
+
+def test_readme_tables_are_rendered_from_the_results():
+    text = (benchmark.HERE / "README.md").read_text(encoding="utf-8")
+    assert benchmark.render_readme(text, benchmark.HERE / "results") == text
