@@ -177,6 +177,8 @@ def plan(
     from hf_r2.planning.output import draw_plan, parse_size, plan_table, summary, write_plan
 
     with _clear_errors():
+        if output.suffix not in (".yaml", ".yml") or not output.parent.is_dir():
+            raise ValueError(f"{output}: name a .yaml file in a folder that exists")
         found = plan_checkpoint(
             model,
             method,

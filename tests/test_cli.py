@@ -94,11 +94,16 @@ def test_plan_measures_on_data(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plan", "{model}", "--output", "{out}"], "give exactly one of"),
-        (["plan", "{model}", "--output", "{out}", "--target-size", "5kB", "--target-bits", "2"], "give exactly one of"),
-        (["plan", "{model}", "--output", "{out}", "--target-size", "big"], "write 4MB"),
-        (["plan", "{model}", "--output", "{out}", "--target-size", "1kB"], "cannot be planned"),
-        (["plan", "{model}", "--output", "{out}", "--min-recovery", "0.9"], "give labelled data"),
+        (["plan", "{model}", "--output", "{out}.yaml"], "give exactly one of"),
+        (["plan", "{model}", "--output", "{out}.png", "--target-bits", "2"], "name a .yaml file"),
+        (["plan", "{model}", "--output", "{out}/plan.yaml", "--target-bits", "2"], "in a folder that exists"),
+        (
+            ["plan", "{model}", "--output", "{out}.yaml", "--target-size", "5kB", "--target-bits", "2"],
+            "give exactly one of",
+        ),
+        (["plan", "{model}", "--output", "{out}.yaml", "--target-size", "big"], "write 4MB"),
+        (["plan", "{model}", "--output", "{out}.yaml", "--target-size", "1kB"], "cannot be planned"),
+        (["plan", "{model}", "--output", "{out}.yaml", "--min-recovery", "0.9"], "give labelled data"),
         (["quantize", "{model}", "{out}", "--bits", "1"], "bits=1"),
         (["quantize", "{model}", "{out}", "--cluster-dim", "2"], "'cluster_dim' is an option of method 'palette'"),
         (["quantize", "{model}", "{out}", "--method", "least_squares", "--basis", "ternary"], "set bits=2"),
@@ -113,4 +118,4 @@ def test_mistakes_end_with_one_message_and_nothing_written(checkpoint, tmp_path,
     assert result.exit_code == 1
     assert message in result.stderr
     assert "Traceback" not in result.output
-    assert not out.exists()
+    assert list(tmp_path.iterdir()) == []
