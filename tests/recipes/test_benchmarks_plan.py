@@ -15,19 +15,18 @@ def result(tmp_path_factory):
     train(CASES["digits-resnet"], source, steps=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "BITS", (3,))
-        measured = benchmark.measure("digits-resnet", source, examples=32, codecs={"uniform": "tensor"})
+        measured = benchmark.measure("digits-resnet", source, "uniform", examples=32)
     return {**measuring.facts(1), **measured}
 
 
 def test_every_choice_has_figures_at_the_bytes_of_uniform_bits(result):
-    (codec,) = result["codecs"]
-    uniform, *others = codec["rows"]
-    assert [row["kind"] for row in codec["rows"]] == list(benchmark.ROW_NAMES)
+    uniform, *others = result["rows"]
+    assert [row["kind"] for row in result["rows"]] == list(benchmark.ROW_NAMES)
     assert set(uniform["settings"].values()) == {3}
     assert all(row["bytes"] <= uniform["bytes"] and row["gap"] == 0 for row in others)
     assert others[-1]["calibration_kl"] <= min(uniform["calibration_kl"], others[-2]["calibration_kl"])
-    assert all(math.isfinite(row[key]) for row in codec["rows"] for key in ("kl", "loss", "accuracy"))
-    assert set(codec["correlations"]) == set(benchmark.PROXIES)
+    assert all(math.isfinite(row[key]) for row in result["rows"] for key in ("kl", "loss", "accuracy"))
+    assert set(result["correlations"]) == set(benchmark.PROXIES)
 
 
 def test_ranks_share_their_mean():
@@ -35,8 +34,7 @@ def test_ranks_share_their_mean():
 
 
 def test_the_table_says_where_a_plan_is_worse_than_uniform_bits(result):
-    (codec,) = result["codecs"]
-    uniform, plan = codec["rows"][0], codec["rows"][-1]
+    uniform, plan = result["rows"][0], result["rows"][-1]
     rows = [uniform, {**plan, "kl": uniform["kl"]}, {**plan, "kl": 2 * uniform["kl"]}]
     verdicts = [line.split("|")[3].strip() for line in benchmark.table(rows).splitlines()[2:]]
     assert verdicts == ["", "met", "missed"]
