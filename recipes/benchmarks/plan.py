@@ -173,8 +173,8 @@ def never_worse(plan: Mapping[str, Any], uniform: Mapping[str, Any]) -> bool:
 
 def render(result: Mapping[str, Any]) -> str:
     facts = (
-        "**{model}, {method}**, grain {grain}: {device}, {threads} thread(s), torch {torch}, hf_r2 {hf_r2}, commit {commit}, "
-        "{date}, {seconds:.0f} s; calibrated on {examples} training examples, measured on {held_out} others. "
+        "**{model}, {method}**, grain {grain}: {device}, {threads} thread(s), torch {torch}, hf_r2 {hf_r2}, "
+        "commit {commit}, {date}, {seconds:.0f} s; calibrated on {examples} training examples, measured on {held_out} others. "
         "Float: loss {loss:.4f}, accuracy {accuracy:.2%}. Rank correlation with KL: {correlation}."
     )
     found = ", ".join(f"{name} {result['correlations'][name]:.3f}" for name in PROXIES)
