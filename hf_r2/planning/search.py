@@ -76,7 +76,7 @@ class Search:
         starts = [point, *others] if uniform is None else [point, *others, uniform]
         best = min(starts, key=lambda start: start.measured.kl)
         for _ in range(ROUNDS):
-            found = target.allocate(self._changes(best))
+            found = target.allocate(self._changes(best, target))
             moved = self._point(self._choices.settings(found.choices))
             if moved.measured.kl >= best.measured.kl:
                 break
@@ -131,15 +131,23 @@ class Search:
         predicted = math.fsum(losses[choice] for losses, choice in chosen)
         return Point(settings, self._choices.checkpoint.file_bytes(settings), predicted, measured)
 
-    def _changes(self, point: Point) -> list[dict[int, float]]:
-        """Measure by how much the KL divergence changes with a step of one weight, up or down."""
+    def _changes(self, point: Point, target: Target) -> list[dict[int, float]]:
+        """Measure by how much the KL divergence changes with a step of one weight, up or down, where that may fit."""
         choices, model = self._choices, self._model
         model.compress(point.settings)
-        changes = [{choice: 0.0} for choice in choices.index(point.settings)]
+        present = choices.index(point.settings)
+        changes = [{choice: 0.0} for choice in present]
+        steps = list(map(_neighbours, choices.nbytes, self._losses, present))
+        # What all weights free together, if each of them steps down
+        freed = sum(
+            max(sizes[choice] - min(sizes[step] for step in [choice, *own]), 0)
+            for sizes, choice, own in zip(choices.nbytes, present, steps, strict=True)
+        )
+        room = target.nbytes - target.size(present) + freed
         for index, name in enumerate(tqdm(choices.names, desc="Measuring around the plan", unit="weight")):
             weight = choices.checkpoint.weights[name].read()
-            (current,) = changes[index]
-            for choice in _neighbours(choices.nbytes[index], self._losses[index], current):
+            sizes = choices.nbytes[index]
+            for choice in (step for step in steps[index] if sizes[step] - sizes[present[index]] <= room):
                 with model.changed(name, choices.options[index][choice], weight):
                     changes[index][choice] = model.measure().kl - point.measured.kl
         return changes

@@ -174,8 +174,8 @@ def never_worse(plan: Mapping[str, Any], uniform: Mapping[str, Any]) -> bool:
 def render(result: Mapping[str, Any]) -> str:
     facts = (
         "**{model}, {method}**, grain {grain}: {device}, {threads} thread(s), torch {torch}, hf_r2 {hf_r2}, "
-        "commit {commit}, {date}, {seconds:.0f} s; calibrated on {examples} training examples, measured on {held_out} others. "
-        "Float: loss {loss:.4f}, accuracy {accuracy:.2%}. Rank correlation with KL: {correlation}."
+        "commit {commit}, {date}, {seconds:.0f} s; calibrated on {examples} training examples, measured on {held_out} "
+        "others. Float: loss {loss:.4f}, accuracy {accuracy:.2%}. Rank correlation with KL: {correlation}."
     )
     found = ", ".join(f"{name} {result['correlations'][name]:.3f}" for name in PROXIES)
     return f"{facts.format(**{**result, **result['float'], 'correlation': found})}\n\n{table(result['rows'])}"
@@ -191,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--codecs", nargs="+", choices=CODECS, default=list(CODECS))
+    parser.add_argument("--examples", type=int, default=EXAMPLES, help="for calibration")
     parser.add_argument("--directory", type=Path, default=Path("outputs/plan"), help="of the float checkpoints")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--render", action="store_true")
@@ -205,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not source.exists():
             train(CASES[name], source)
         for method in options.codecs:
-            result = {**measuring.facts(options.threads), **measure(name, source, method)}
+            result = {**measuring.facts(options.threads), **measure(name, source, method, options.examples)}
             measuring.save(result, HERE / "results" / f"plan-{name}-{method}.json")
             print(render(result))
 
