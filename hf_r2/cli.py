@@ -85,6 +85,25 @@ def inspect(
 
 
 @app.command()
+def report(
+    checkpoints: Annotated[
+        list[str], typer.Argument(help="One to three directories or Hub names of float or compressed checkpoints.")
+    ],
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    png: Annotated[Path | None, typer.Option(help="Also write the pictures as PNG into this folder.")] = None,
+) -> None:
+    """Show weights beside each other on one HTML page: histograms, crest factors, kurtosis, SQNR, training curves.
+
+    Example: hf-r2 report baseline/float float compressed --output report.html
+    """
+    from hf_r2.report.page import write_report
+
+    with _clear_errors():
+        write_report(checkpoints, output, png)
+    typer.echo(f"wrote {output}" + ("" if png is None else f" and the pictures in {png}"))
+
+
+@app.command()
 def quantize(
     model: ModelPath,
     output: Annotated[Path, typer.Argument(help="Directory of the compressed checkpoint.")],

@@ -97,12 +97,12 @@ def weight_file_bytes(directory: str | os.PathLike[str]) -> int:
     return sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
 
 
-def atomic_write(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file through a temporary sibling, so that readers see the old text or the new one."""
+def atomic_write(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write a file through a temporary sibling, so that readers see the old content or the new one; text as UTF-8."""
     target = Path(path)
     scratch = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
-        scratch.write_text(text, encoding="utf-8")
+        scratch.write_bytes(content.encode() if isinstance(content, str) else content)
         scratch.replace(target)
     finally:
         scratch.unlink(missing_ok=True)

@@ -1,13 +1,15 @@
 """Statistics of the weights in a checkpoint's files, one tensor at a time and without the model."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 
-from hf_r2.codecs import decode
+from hf_r2.codecs import Encoded, decode
 from hf_r2.codecs.encoded import blank
 from hf_r2.quantization.config import R2QuantizationConfig
 from hf_r2.quantization.skeleton import skeleton
@@ -29,8 +31,41 @@ class Inspected:
     bits_per_weight: float
 
 
+@dataclass(frozen=True)
+class StoredWeight:
+    """One weight of a checkpoint's files, before it is read.
+
+    Args:
+        name: parameter name, or that of the tensor in the file.
+        storage: how it is stored, such as `"float32"` or `"palette 2-bit"`.
+        compressed: whether it is compressed.
+        bits_per_weight: bits that it takes in the file, with its codebook.
+        read: reads the weight, and decodes it if it is compressed. Raises ValueError if the file does not hold it so.
+    """
+
+    name: str
+    storage: str
+    compressed: bool
+    bits_per_weight: float
+    read: Callable[[], Tensor]
+
+
 def inspect_checkpoint(source: str) -> Iterator[Inspected]:
-    """Measure the weights of a float or a compressed checkpoint one after another.
+    """Measure the weights of a float or a compressed checkpoint one after another; see [`stored_weights`].
+
+    Args:
+        source: directory or Hub name of a checkpoint in safetensors.
+
+    Raises:
+        ValueError: without safetensors files, for damaged ones, for a quantization that is not of hf_r2, and for
+            weights with NaN or infinite values.
+    """
+    for weight in stored_weights(source):
+        yield Inspected(tensor_statistics(weight.name, weight.read()), weight.bits_per_weight)
+
+
+def stored_weights(source: str) -> Iterator[StoredWeight]:
+    """List the weights of a float or a compressed checkpoint, reading none.
 
     Weights are those that [`select_weights`] chooses, or that the checkpoint has compressed. Of a model that this
     transformers does not know, or whose files name their tensors otherwise, they are all float tensors of at least two
@@ -40,8 +75,7 @@ def inspect_checkpoint(source: str) -> Iterator[Inspected]:
         source: directory or Hub name of a checkpoint in safetensors.
 
     Raises:
-        ValueError: without safetensors files, for damaged ones, for a quantization that is not of hf_r2, and for
-            weights with NaN or infinite values.
+        ValueError: without safetensors files, for damaged ones, and for a quantization that is not of hf_r2.
     """
     stored = {name: tensor for file in checkpoint_files(source) for name, tensor in stored_tensors(file).items()}
     quantization = _quantization(source)
@@ -50,8 +84,9 @@ def inspect_checkpoint(source: str) -> Iterator[Inspected]:
         return
     for name in _names(source, stored):
         tensor = stored[name]
-        statistics = tensor_statistics(name, tensor.read())
-        yield Inspected(statistics, 8 * DTYPES[tensor.dtype].itemsize)
+        dtype = str(DTYPES.get(tensor.dtype, tensor.dtype)).removeprefix("torch.")
+        bits = 8 * tensor.nbytes / max(math.prod(tensor.shape), 1)
+        yield StoredWeight(name, dtype, False, bits, tensor.read)
 
 
 def _quantization(source: str) -> dict[str, object] | None:
@@ -79,17 +114,22 @@ def _is_float(tensor: StoredTensor) -> bool:
     return tensor.dtype in DTYPES and DTYPES[tensor.dtype].is_floating_point
 
 
-def _compressed(source: str, config: R2QuantizationConfig, stored: dict[str, StoredTensor]) -> Iterator[Inspected]:
+def _compressed(source: str, config: R2QuantizationConfig, stored: dict[str, StoredTensor]) -> Iterator[StoredWeight]:
     model = skeleton(source)
     dtype = getattr(torch, str(model.config.dtype).removeprefix("torch."))
     for name, (module, attribute) in select_weights(model, config.include, config.skip, config.min_numel).items():
-        parameter = getattr(module, attribute)
-        encoded = blank(output_first(module, parameter).shape, dtype, config.settings_for(name))
-        tensors = {key: _like(key, tensor, stored) for key, tensor in encoded.tensors(name).items()}
-        encoded.codes = tensors.pop(name)
-        encoded.codebook = {key.removeprefix(f"{name}_"): tensor for key, tensor in tensors.items()}
-        statistics = tensor_statistics(name, output_first(module, decode(encoded)))
-        yield Inspected(statistics, encoded.bits_per_weight)
+        encoded = blank(output_first(module, getattr(module, attribute)).shape, dtype, config.settings_for(name))
+        storage = f"{encoded.settings.method} {encoded.bits}-bit"
+        read = partial(_decoded, name, module, encoded, stored)
+        yield StoredWeight(name, storage, True, encoded.bits_per_weight, read)
+
+
+def _decoded(name: str, module: nn.Module, like: Encoded, stored: dict[str, StoredTensor]) -> Tensor:
+    """Read a compressed weight and decode it, in the shape of the module's parameter."""
+    tensors = {key: _like(key, tensor, stored) for key, tensor in like.tensors(name).items()}
+    codes = tensors.pop(name)
+    codebook = {key.removeprefix(f"{name}_"): tensor for key, tensor in tensors.items()}
+    return output_first(module, decode(replace(like, codes=codes, codebook=codebook)))
 
 
 def _like(name: str, expected: Tensor, stored: dict[str, StoredTensor]) -> Tensor:
