@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path, PurePath
 from statistics import fmean
 
@@ -18,7 +19,6 @@ from hf_r2.files import atomic_write
 from hf_r2.report import range_plots
 from hf_r2.report.inspection import stored_weights
 from hf_r2.report.ranges import CheckpointRanges, measure_ranges
-from hf_r2.report.statistics import SQNR_BITS
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 MOST_CHECKPOINTS = len(range_plots.COLORS)
@@ -113,7 +113,9 @@ def short_labels(sources: Sequence[str]) -> list[str]:
         labels = [Path(source).absolute().name if os.path.exists(source) else source for source in sources]
     else:
         parts = [PurePath(source).parts for source in sources]
-        shared = len(os.path.commonprefix([part[:-1] for part in parts]))
+        shared = sum(
+            1 for _ in takewhile(lambda same: len(set(same)) == 1, zip(*(part[:-1] for part in parts), strict=False))
+        )
         labels = ["/".join(part[shared:]) for part in parts]
     return ["".join(c if c.isprintable() else "\ufffd" for c in label) for label in labels]
 
@@ -174,15 +176,14 @@ def render_page(report: Report, drawn: dict[str, bytes]) -> str:
     environment.filters |= {"figure": _figure, "shape": lambda shape: "×".join(map(str, shape))}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     weights = [list(checkpoint.weights.values()) for checkpoint in report.checkpoints]
-    made_from_known = [any(weight.before for weight in found) for found in weights]
+    before = [any(weight.before for weight in found) for found in weights]
     return template.render(
         report=report,
         shapes={weight.statistics.name: weight.statistics.shape for found in reversed(weights) for weight in found},
         compressed=any(weight.compressed for found in weights for weight in found),
-        before=any(made_from_known),
-        sqnr_columns=[len(SQNR_BITS) + known for known in made_from_known],
+        before=before,
+        sqnr_bits=[list(range_plots.new_sqnr_table(report.checkpoints, index)) for index in range(len(weights))],
         colors=range_plots.COLORS,
-        bits=SQNR_BITS,
         summaries=[summary(checkpoint) for checkpoint in report.checkpoints],
         drawn={name: base64.b64encode(svg).decode() for name, svg in drawn.items()},
         version=version("hf_r2"),

@@ -6,9 +6,10 @@ from contextlib import contextmanager
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from hf_r2.report.histogram import coarsened, reach
 from hf_r2.report.ranges import CURVES, CheckpointRanges, WeightRange
@@ -17,7 +18,7 @@ COLORS = ("#7086c4", "#d1495b", "#2a9d8f")
 """Of the first, second and third checkpoint; they stand out from black and from white."""
 
 _LINES, _MARKERS = ("-", "--", ":"), ("o", "s", "^")
-_MOST_BINS = 97
+_MOST_BINS, _MOST_BINS_OF_ALL = 97, 193
 # The color of text and axes; in SVG it gives way to a color that follows the reader's light or dark scheme
 _INK = "#222222"
 _SCHEMES = "<style>svg{color:#222}@media(prefers-color-scheme:dark){svg{color:#ddd}}</style>"
@@ -63,7 +64,7 @@ def distributions(checkpoints: Sequence[CheckpointRanges]) -> Figure:
         figure = Figure(figsize=(8, 0.6 + 1.6 * len(checkpoints)), layout="constrained")
         axes = figure.subplots(len(checkpoints), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
         for index, (axis, checkpoint) in enumerate(zip(axes, checkpoints, strict=True)):
-            _draw_histograms(axis, {index: totals[index]}, max(map(reach, totals)))
+            _draw_histograms(axis, {index: totals[index]}, max(map(reach, totals)), _MOST_BINS_OF_ALL)
             axis.set_title("-").set(text=checkpoint.label, parse_math=False)
             axis.set_ylabel("share of weights")
         axes[0].set_ylim(bottom=min(map(_one_element, totals)) / 2)
@@ -80,11 +81,12 @@ def weight_distribution(weights: Sequence[WeightRange | None], labels: Sequence[
     """
     counts = {index: weight.counts for index, weight in enumerate(weights) if weight is not None}
     with _style():
-        figure = Figure(figsize=(8, 2.1), layout="constrained")
-        axis = figure.subplots()
-        _draw_histograms(axis, counts, max(map(reach, counts.values())))
+        # Margins found by a layout engine would take most of the time, once for every weight
+        figure = Figure(figsize=(8, 2.1))
+        axis = figure.add_axes((0.09, 0.21, 0.9, 0.66))
+        _draw_histograms(axis, counts, max(map(reach, counts.values())), _MOST_BINS)
         axis.set(xlabel="weight / rms", ylabel="share of weights")
-        _add_legend(axis, [labels[index] for index in counts])
+        _add_legend(figure, axis.patches, [labels[index] for index in counts], "upper right")
     return figure
 
 
@@ -110,7 +112,7 @@ def weight_profiles(checkpoints: Sequence[CheckpointRanges], names: Sequence[str
             _logarithmic(axis)
         lower.set_xlabel("weight, in the order of the model")
         lower.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _add_legend(upper, [checkpoint.label for checkpoint in checkpoints])
+        _add_legend(figure, upper.lines, [checkpoint.label for checkpoint in checkpoints])
     return figure
 
 
@@ -122,21 +124,28 @@ def sqnr_by_bits(checkpoints: Sequence[CheckpointRanges]) -> Figure:
     with _style():
         figure = Figure(figsize=(8, 3), layout="constrained")
         axis = figure.subplots()
-        known = {index: sqnr_table(checkpoint) for index, checkpoint in enumerate(checkpoints)}
-        known = {index: table for index, table in known.items() if table}
-        for index, table in known.items():
-            columns = [[value for value in values if np.isfinite(value)] or [np.nan] for values in table.values()]
-            axis.plot(list(table), [np.mean(values) for values in columns], markersize=4, **_line(index))
-        for index, table in known.items():
-            columns = [[value for value in values if np.isfinite(value)] or [np.nan] for values in table.values()]
-            lowest, highest = ([extreme(values) for values in columns] for extreme in (min, max))
-            axis.fill_between(list(table), lowest, highest, color=COLORS[index], alpha=0.15, linewidth=0)
-            stored = [weight for weight in checkpoints[index].weights.values() if weight.before is not None]
-            places = [(weight.bits_per_weight, weight.before.compressed_sqnr) for weight in stored if weight.before]
-            axis.scatter(*zip(*places, strict=True), s=24, marker="x", color=COLORS[index]) if places else None
+        handles = {}
+        for index, checkpoint in enumerate(checkpoints):
+            if places := [
+                (weight.bits_per_weight, weight.before.compressed_sqnr)
+                for weight in checkpoint.weights.values()
+                if weight.before is not None
+            ]:
+                handles[index] = axis.scatter(*zip(*places, strict=True), s=24, marker="x", color=COLORS[index])
+            if table := new_sqnr_table(checkpoints, index):
+                columns = [[value for value in values if np.isfinite(value)] or [np.nan] for values in table.values()]
+                lowest, mean, highest = ([over(values) for values in columns] for over in (min, np.mean, max))
+                (handles[index],) = axis.plot(list(table), mean, markersize=4, **_line(index))
+                axis.fill_between(list(table), lowest, highest, color=COLORS[index], alpha=0.15, linewidth=0)
         axis.set(xlabel="bits of a weight", ylabel="SQNR (dB)")
-        _add_legend(axis, [checkpoints[index].label for index in known])
+        _add_legend(figure, list(handles.values()), [checkpoints[index].label for index in handles])
     return figure
+
+
+def new_sqnr_table(checkpoints: Sequence[CheckpointRanges], index: int) -> dict[int, list[float]]:
+    """Return the [`sqnr_table`] of a checkpoint; empty if an earlier one, which it was made from, has the same."""
+    table = sqnr_table(checkpoints[index])
+    return {} if any(sqnr_table(earlier) == table for earlier in checkpoints[:index]) else table
 
 
 def sqnr_table(checkpoint: CheckpointRanges) -> dict[int, list[float]]:
@@ -147,14 +156,22 @@ def sqnr_table(checkpoint: CheckpointRanges) -> dict[int, list[float]]:
 
 
 def training_curves(checkpoints: Sequence[CheckpointRanges]) -> Figure:
-    """Draw every curve that the training of at least one checkpoint logged, one panel each."""
+    """Draw every curve that the training of at least one checkpoint logged, one panel each.
+
+    Checkpoints of one training, such as a float one and what it was compressed to, are drawn once.
+    """
+    trained = {
+        index: checkpoint
+        for index, checkpoint in enumerate(checkpoints)
+        if checkpoint.curves and all(earlier.curves != checkpoint.curves for earlier in checkpoints[:index])
+    }
     names = [name for name in CURVES if any(name in checkpoint.curves for checkpoint in checkpoints)]
     rows = (len(names) + 1) // 2
     with _style():
         figure = Figure(figsize=(8, 0.2 + 1.7 * rows), layout="constrained")
         axes = figure.subplots(rows, 2, squeeze=False).flatten()
         for axis, name in zip(axes, names, strict=False):
-            for index, checkpoint in enumerate(checkpoints):
+            for index, checkpoint in trained.items():
                 steps, values = zip(*checkpoint.curves.get(name, [(np.nan, np.nan)]), strict=True)
                 axis.plot(steps, values, color=COLORS[index], linestyle=_LINES[index])
             axis.set_title(CURVES[name])
@@ -163,7 +180,7 @@ def training_curves(checkpoints: Sequence[CheckpointRanges]) -> Figure:
                 _logarithmic(axis)
         for axis in axes[len(names) :]:
             axis.remove()
-        _add_legend(axes[0], [checkpoint.label for checkpoint in checkpoints])
+        _add_legend(figure, axes[0].lines, [checkpoint.label for checkpoint in trained.values()])
     return figure
 
 
@@ -178,16 +195,17 @@ def _line(index: int) -> dict[str, str]:
     return {"color": COLORS[index], "linestyle": _LINES[index], "marker": _MARKERS[index]}
 
 
-def _draw_histograms(axis: Axes, counts: Mapping[int, np.ndarray], within: int) -> None:
+def _draw_histograms(axis: Axes, counts: Mapping[int, np.ndarray], within: int, most: int) -> None:
     """Draw histograms by the index of their checkpoint: the first one filled, the others as lines."""
     floor = min(map(_one_element, counts.values())) / 2
     for index, elements in counts.items():
-        merged, edges = coarsened(elements, within, _MOST_BINS)
+        merged, edges = coarsened(elements, within, most)
         shares = np.maximum(merged / elements.sum(), floor)
         filled = index == min(counts)
         color = {"color": COLORS[index], "alpha": 0.6} if filled else {"edgecolor": COLORS[index], "linewidth": 1.3}
         axis.stairs(shares, edges, baseline=floor, fill=filled, **color)
     axis.set_yscale("log")
+    axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter("{x:g}")
     axis.set_ylim(bottom=floor)
 
@@ -200,12 +218,13 @@ def _logarithmic(axis: Axes) -> None:
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_minor_locator(NullLocator())
 
 
-def _add_legend(axis: Axes, labels: Sequence[str]) -> None:
-    """Name what was drawn first; labels are shown as they are, without markup."""
-    handles = [*axis.patches, *axis.lines][: len(labels)]
-    legend = axis.legend(handles, ["-"] * len(labels), ncols=len(labels), loc="best", fontsize=9)
+def _add_legend(
+    figure: Figure, handles: Sequence[Artist], labels: Sequence[str], place: str = "outside upper right"
+) -> None:
+    """Name what was drawn; labels are shown as they are, without markup."""
+    legend = figure.legend(handles, ["-"] * len(labels), ncols=len(labels), loc=place, fontsize=9)
     for text, label in zip(legend.get_texts(), labels, strict=True):
         text.set(text=label, parse_math=False)
