@@ -86,6 +86,7 @@ def weight_distribution(weights: Sequence[WeightRange | None], labels: Sequence[
         axis = figure.add_axes((0.09, 0.21, 0.9, 0.66))
         _draw_histograms(axis, counts, max(map(reach, counts.values())), _MOST_BINS)
         axis.set(xlabel="weight / rms", ylabel="share of weights")
+        axis.set_ylim(bottom=min(map(_one_element, counts.values())) / 2)
         _add_legend(figure, axis.patches, [labels[index] for index in counts], "upper right")
     return figure
 
@@ -202,12 +203,15 @@ def _draw_histograms(axis: Axes, counts: Mapping[int, np.ndarray], within: int, 
         merged, edges = coarsened(elements, within, most)
         shares = np.maximum(merged / elements.sum(), floor)
         filled = index == min(counts)
-        color = {"color": COLORS[index], "alpha": 0.6} if filled else {"edgecolor": COLORS[index], "linewidth": 1.3}
+        color = (
+            {"color": COLORS[index], "alpha": 0.6}
+            if filled
+            else {"edgecolor": COLORS[index], "linestyle": _LINES[index]}
+        )
         axis.stairs(shares, edges, baseline=floor, fill=filled, **color)
     axis.set_yscale("log")
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.set_ylim(bottom=floor)
 
 
 def _one_element(counts: np.ndarray) -> float:
@@ -216,7 +220,10 @@ def _one_element(counts: np.ndarray) -> float:
 
 def _logarithmic(axis: Axes) -> None:
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_ylim()
+    decades = np.log10(high / low)
+    steps = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 2 else (1,)
+    axis.yaxis.set_major_locator(LogLocator(subs=steps))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_locator(NullLocator())
 
