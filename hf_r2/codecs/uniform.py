@@ -79,19 +79,20 @@ def code_limits(settings: CodecSettings) -> tuple[int, int]:
 def levels(codebook: dict[str, Tensor], settings: CodecSettings) -> Tensor:
     """List the values of all codes, float32 `(groups, 2^bits)`; infinity for a code that is not used."""
     codes = torch.arange(2.0**settings.bits, device=codebook["scale"].device)
-    table = (codes - _offsets(codebook, settings)[:, None]) * codebook["scale"][:, None]
+    table = (codes - offsets(codebook, settings)[:, None]) * codebook["scale"][:, None]
     return table.masked_fill(codes < code_limits(settings)[0], torch.inf)
+
+
+def offsets(codebook: dict[str, Tensor], settings: CodecSettings) -> Tensor:
+    """Return the offset of every group's grid, float32 `(groups,)`."""
+    return codebook["zero"].float() if "zero" in codebook else _symmetric_offset(codebook["scale"], settings)
 
 
 def _with_grids(weight: Tensor, codebook: dict[str, Tensor], settings: CodecSettings) -> Iterator[tuple[Tensor, ...]]:
     """Cut a weight, or its codes, into blocks, each with the scales and offsets of its groups."""
     counts = group_counts(weight.shape, settings.grain)
-    grids = codebook["scale"].split(counts), _offsets(codebook, settings).split(counts)
+    grids = codebook["scale"].split(counts), offsets(codebook, settings).split(counts)
     return zip(blocks(weight, settings.grain), *grids, strict=True)
-
-
-def _offsets(codebook: dict[str, Tensor], settings: CodecSettings) -> Tensor:
-    return codebook["zero"].float() if "zero" in codebook else _symmetric_offset(codebook["scale"], settings)
 
 
 def symmetric_offset(settings: CodecSettings) -> float:

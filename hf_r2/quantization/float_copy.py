@@ -3,11 +3,10 @@
 import os
 
 from optimum.utils.save_utils import maybe_load_preprocessors
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_r2.files import atomic_directory
-from hf_r2.quantization.config import QUANT_METHOD
-from hf_r2.quantization.skeleton import architecture_class
+from hf_r2.quantization.skeleton import compressed_model_class
 
 
 def dequantize(source: str | os.PathLike[str], save_dir: str | os.PathLike[str]) -> PreTrainedModel:
@@ -27,11 +26,7 @@ def dequantize(source: str | os.PathLike[str], save_dir: str | os.PathLike[str])
         ValueError: if the source is not compressed by hf_r2.
     """
     source = os.fspath(source)
-    config = AutoConfig.from_pretrained(source)
-    quantization = getattr(config, "quantization_config", None) or {}
-    if quantization.get("quant_method") != QUANT_METHOD:
-        raise ValueError(f"{source} is not compressed by hf_r2: name a checkpoint that hf-r2 quantize has made")
-    model = architecture_class(config, source).from_pretrained(source)
+    model = compressed_model_class(source).from_pretrained(source)
     model.dequantize()
     with atomic_directory(save_dir) as scratch:
         model.save_pretrained(scratch)

@@ -4,6 +4,8 @@ import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from hf_r2.quantization.config import QUANT_METHOD
+
 
 def float_model_class(source: str) -> type[PreTrainedModel]:
     """Return the class of the model that a float checkpoint holds.
@@ -17,6 +19,22 @@ def float_model_class(source: str) -> type[PreTrainedModel]:
     config = AutoConfig.from_pretrained(source)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{source} is already quantized; name the float checkpoint it was made from")
+    return architecture_class(config, source)
+
+
+def compressed_model_class(source: str) -> type[PreTrainedModel]:
+    """Return the class of the model that a compressed checkpoint holds.
+
+    Args:
+        source: directory or Hub name.
+
+    Raises:
+        ValueError: if it is not compressed by hf_r2, or does not say which model class it holds.
+    """
+    config = AutoConfig.from_pretrained(source)
+    quantization = getattr(config, "quantization_config", None) or {}
+    if quantization.get("quant_method") != QUANT_METHOD:
+        raise ValueError(f"{source} is not compressed by hf_r2: name a checkpoint that hf-r2 quantize has made")
     return architecture_class(config, source)
 
 

@@ -1,0 +1,99 @@
+"""OpenVINO: packed codes as constants, and the operations that make weights of them.
+
+| codec | operations |
+|---|---|
+| uniform | Convert, Subtract, Multiply on `(channels, groups, elements)`: the pattern that the CPU plugin keeps compressed |
+| palette, least_squares | Gather from the look-up table of every group; a basis of b scales has 2^b entries |
+
+Codes of 1 and 2 bits are u2, of 3 and 4 bits u4, all others u8.
+"""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_r2.codecs import Encoded
+from hf_r2.codecs.bitpack import pack
+from hf_r2.export.layout import Grid, Table, blocks_of
+from hf_r2.export.program import compressed_parameters, example_inputs, is_turned
+from hf_r2.export.to_onnx import skeleton
+
+if TYPE_CHECKING:
+    import openvino
+
+FILE = "openvino_model.xml"
+
+
+def write(model: PreTrainedModel, source: str, directory: Path) -> None:
+    """Write a compressed model as `openvino_model.xml` and `.bin`, with `logits` as its output.
+
+    Args:
+        model: compressed model in float32, its weights decoded.
+        source: the checkpoint that it comes from.
+        directory: where the files go.
+
+    Raises:
+        ValueError: for a task other than those of [`example_inputs`].
+    """
+    import onnx_ir
+    import openvino
+
+    graph = onnx_ir.to_proto(skeleton(model, example_inputs(model, source)))
+    program = openvino.Core().read_model(io.BytesIO(graph.SerializeToString()))
+    compressed = compressed_parameters(model)
+    for parameter in program.get_parameters():
+        name = parameter.get_friendly_name()
+        if name in compressed:
+            parameter.output(0).replace(decoder(compressed[name], is_turned(model, name)))
+            program.remove_parameter(parameter)
+    program.validate_nodes_and_infer_types()
+    openvino.save_model(program, directory / FILE, compress_to_fp16=False)
+
+
+def decoder(encoded: Encoded, turned: bool = False) -> "openvino.Output":
+    """Build the operations that decode a weight to float32.
+
+    Args:
+        encoded: the weight.
+        turned: whether the output channels come second.
+    """
+    from openvino import opset13 as ops
+
+    rows = [ops.reshape(_values(block, encoded), [encoded.shape[0], -1], False) for block in blocks_of(encoded)]
+    value = rows[0] if len(rows) == 1 else ops.concat(rows, 1)
+    if encoded.shape != value.shape:
+        value = ops.reshape(value, list(encoded.shape), False)
+    return (ops.transpose(value, [1, 0]) if turned else value).output(0)
+
+
+def _values(block: Grid | Table, encoded: Encoded) -> "openvino.Node":
+    """Values of a block, in the order of `(groups, elements of a group)`."""
+    from openvino import opset13 as ops
+
+    if isinstance(block, Grid):
+        rows = 1 if encoded.grain == "tensor" else encoded.shape[0]
+        codes, scale, offset = (
+            tensor.reshape(rows, -1, tensor.shape[1]) for tensor in (block.codes, block.scale, block.offset)
+        )
+        levels = ops.convert(_codes(codes, encoded.bits), "f32")
+        return ops.multiply(ops.subtract(levels, offset.numpy()), scale.numpy())
+    groups, _, d = block.entries.shape
+    places = ops.convert(_codes(block.codes, encoded.bits), "i32")
+    values = ops.reshape(ops.gather(block.entries.numpy(), places, 1, batch_dims=1), [groups, -1], False)
+    if block.codes.shape[1] * d == block.size:
+        return values
+    return ops.slice(values, [0], [block.size], [1], [1])
+
+
+def _codes(codes: Tensor, bits: int) -> "openvino.Node":
+    """Store codes in the narrowest type."""
+    import openvino
+
+    width = next(width for width in (2, 4, 8) if bits <= width)
+    kind = {2: openvino.Type.u2, 4: openvino.Type.u4, 8: openvino.Type.u8}[width]
+    packed = openvino.Tensor(pack(codes, width).numpy(), list(codes.shape), kind)
+    return openvino.op.Constant(packed, shared_memory=False)
