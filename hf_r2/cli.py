@@ -277,6 +277,25 @@ def dequantize(
 
 
 @app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="Directory or Hub name of a compressed checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="Directory of the export.")],
+    format_: Annotated[str, typer.Option("--format", help="onnx, openvino, coreml or compressed-tensors.")],
+) -> None:
+    """Write a compressed checkpoint in another format, its weights still low-bit codes.
+
+    Each format is an extra: pip install "hf_r2[onnx]".
+
+    Example: hf-r2 export me/model-4bit model-onnx --format onnx
+    """
+    from hf_r2.export import export as export_checkpoint
+
+    with _clear_errors():
+        export_checkpoint(source, output, format_)
+    typer.echo(f"{output} holds the export")
+
+
+@app.command()
 def push(
     directory: Annotated[Path, typer.Argument(help="Checkpoint with its card.")],
     repo_id: Annotated[str, typer.Argument(help="Repository, user/name; it is created if it is missing.")],

@@ -26,7 +26,7 @@ LAYERS = [
     {"codecs", "losses", "projection"},
     {"refine", "evaluation", "aware"},
     {"quantization", "training", "report", "hub"},
-    {"planning"},
+    {"planning", "export"},
     {"cli"},
 ]
 LEAVES = {"files", "adapters", "grain"}

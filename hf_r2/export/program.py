@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 from hf_r2.codecs import Encoded
 
 _IMAGES, _TEXTS = "ForImageClassification", ("ForSequenceClassification", "ForCausalLM", "LMHeadModel")
-_BATCH, _LENGTH = 2, 8  # sizes of the examples; sizes of 1 would be taken for constants
 _SIDE = 64  # of an image before processing
 
 
@@ -47,26 +46,32 @@ class Logits(nn.Module):
         return self.model(**dict(zip(self.names, inputs, strict=True)), **cache, return_dict=True).logits
 
 
-def example_inputs(model: PreTrainedModel, source: str) -> ExampleInputs:
+def example_inputs(model: PreTrainedModel, source: str, batch: int = 2, length: int = 8) -> ExampleInputs:
     """Make inputs for a classifier of images or texts, or a causal language model.
 
-    Images are float32 `(batch, channels, height, width)`, of the size that its image processor makes,
-    or else of the config's, with a free batch; texts are int64 `(batch, length)`, both free, with an attention mask and, for models of
-    pairs, token types.
+    Images are float32 `(batch, channels, height, width)`, of the size that its image processor makes, or else of the
+    config's, with a free batch; texts are int64 `(batch, length)`, both free, with an attention mask and, for models
+    of pairs, token types.
+
+    Args:
+        model: the model.
+        source: its checkpoint.
+        batch: examples; a free axis needs more than one, which would be taken for a constant.
+        length: tokens of a text.
 
     Raises:
         ValueError: for another task.
     """
     architecture = type(model).__name__
     if architecture.endswith(_IMAGES):
-        pixels = torch.zeros(_BATCH, *_image_shape(model.config, source))
+        pixels = torch.zeros(batch, *_image_shape(model.config, source))
         return ExampleInputs({"pixel_values": pixels}, {"pixel_values": {0: "batch"}})
     if architecture.endswith(_TEXTS):
         names = ["input_ids", "attention_mask"]
         if getattr(model.config, "type_vocab_size", 0) > 1:
             names.append("token_type_ids")
         values = {"input_ids": 1, "attention_mask": 1, "token_type_ids": 0}
-        tensors = {name: torch.full((_BATCH, _LENGTH), values[name], dtype=torch.int64) for name in names}
+        tensors = {name: torch.full((batch, length), values[name], dtype=torch.int64) for name in names}
         return ExampleInputs(tensors, {name: {0: "batch", 1: "length"} for name in names})
     raise ValueError(
         f"{source} is a {architecture}: what can be exported to this format is classifiers of images or texts, and "
@@ -74,24 +79,24 @@ def example_inputs(model: PreTrainedModel, source: str) -> ExampleInputs:
     )
 
 
-def traced(model: PreTrainedModel, inputs: ExampleInputs) -> torch.export.ExportedProgram:
-    """Trace a model from its inputs to its logits, with free axes."""
-    dynamic = torch.export.Dim.DYNAMIC
-    shapes = tuple({axis: dynamic for axis in inputs.axes[name]} for name in inputs.tensors)
+def traced(model: PreTrainedModel, inputs: ExampleInputs, fixed: bool = False) -> torch.export.ExportedProgram:
+    """Trace a model from its inputs to its logits, with free axes or with fixed ones."""
+    kind = torch.export.Dim.STATIC if fixed else torch.export.Dim.DYNAMIC
+    shapes = tuple(dict.fromkeys(inputs.axes[name], kind) for name in inputs.tensors)
     program = Logits(model, list(inputs.tensors)).eval()
-    return torch.export.export(
-        program, tuple(inputs.tensors.values()), dynamic_shapes={"inputs": shapes}, strict=False
-    )
+    return torch.export.export(program, tuple(inputs.tensors.values()), dynamic_shapes={"inputs": shapes}, strict=False)
 
 
 def _image_shape(config: PretrainedConfig, source: str) -> tuple[int, ...]:
-    """Channels, height and width of what the image processor makes of a square image, or else of what the config says."""
+    """Channels, height and width of what the image processor makes of a square, or else of what the config says."""
     try:
         processor = AutoImageProcessor.from_pretrained(source)
     except OSError:
         size = getattr(config, "image_size", None)
         if not isinstance(size, int):
-            raise ValueError(f"{source} does not say how large images are: save its image processor beside it") from None
+            raise ValueError(
+                f"{source} does not say how large images are: save its image processor beside it"
+            ) from None
         return getattr(config, "num_channels", 3), size, size
     square = torch.zeros(getattr(config, "num_channels", 3), _SIDE, _SIDE, dtype=torch.uint8)
     return tuple(processor(images=square, return_tensors="pt")["pixel_values"].shape[1:])

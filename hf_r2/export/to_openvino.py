@@ -2,7 +2,7 @@
 
 | codec | operations |
 |---|---|
-| uniform | Convert, Subtract, Multiply on `(channels, groups, elements)`: the pattern that the CPU plugin keeps compressed |
+| uniform | Convert, Subtract, Multiply on `(channels, groups, elements)`, which the CPU plugin can keep compressed |
 | palette, least_squares | Gather from the look-up table of every group; a basis of b scales has 2^b entries |
 
 Codes of 1 and 2 bits are u2, of 3 and 4 bits u4, all others u8.
@@ -12,7 +12,6 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
