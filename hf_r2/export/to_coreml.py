@@ -5,10 +5,10 @@
 | uniform of 4 and 8 bits, but midrise | `constexpr_blockwise_shift_scale`: integers and scales |
 | palette, least_squares, all other uniform | `constexpr_lut_to_dense`: indices and look-up tables |
 
-Core ML has indices of 1, 2, 3, 4, 6 and 8 bits: tables of 5 and 7 bits are filled up. Groups must be whole kernels of a
-convolution and divide its inputs, and vectors of weights that share a code lie otherwise in Core ML: weights that do not
-fit stay float. Scales and tables are float16, the precision that Core ML computes in: the weights of look-up tables are
-ours, rounded to float16.
+Indices have 1, 2, 3, 4, 6 or 8 bits: tables of 5 and 7 bits are filled up. Groups must be whole kernels of convolutions
+and divide their inputs, and vectors of weights that share a code lie otherwise in Core ML: weights that do not fit stay
+float. Scales and tables are float16, the precision that Core ML computes in: the weights of look-up tables are ours,
+rounded to float16.
 """
 
 import math
@@ -81,8 +81,8 @@ def describe(model: PreTrainedModel, source: str) -> None:
     left = [name for name, found in buffers.items() if not found]
     if len(left) == len(buffers):
         raise ValueError(
-            f"Core ML has no form for the weights of {source}: it takes cluster_dim 1, and groups of whole kernels that "
-            "divide the inputs. Export to onnx or openvino instead"
+            f"Core ML has no form for the weights of {source}: it takes cluster_dim 1, and groups of whole kernels "
+            "that divide the inputs. Export to onnx or openvino instead"
         )
     if left:
         logger.warning(f"Core ML has no form for {len(left)} of {len(buffers)} weights, such as {left[0]!r}: float16")

@@ -41,14 +41,12 @@ def write(model: PreTrainedModel, source: str, directory: Path) -> None:
     Raises:
         ValueError: for a task other than those of [`example_inputs`].
     """
-    graph_model = skeleton(model, example_inputs(model, source))
-    graph = graph_model.graph
-    found = {value.name: value for value in graph.inputs}
-    for name, encoded in compressed_parameters(model).items():
-        if name in found:
-            graph.inputs.remove(found[name])
-            _Decoder(graph, name).replace(found[name], encoded, is_turned(model, name))
-    save(graph_model, directory / FILE)
+    program = skeleton(model, example_inputs(model, source))
+    compressed = compressed_parameters(model)
+    for weight in list(program.graph.inputs):
+        if weight.name in compressed:
+            fill(program.graph, weight, compressed[weight.name], is_turned(model, weight.name))
+    save(program, directory / FILE)
 
 
 def skeleton(model: PreTrainedModel, inputs: ExampleInputs) -> "ir.Model":
@@ -84,6 +82,19 @@ def skeleton(model: PreTrainedModel, inputs: ExampleInputs) -> "ir.Model":
             value.metadata_props.clear()
     program.model.ir_version = _IR_VERSION
     return program.model
+
+
+def fill(graph: "ir.Graph", weight: "ir.Value", encoded: Encoded, turned: bool = False) -> None:
+    """Let codes, and the nodes that decode them, take the place of an input of a graph.
+
+    Args:
+        graph: the graph.
+        weight: the input.
+        encoded: what it holds.
+        turned: whether it has the output channels second.
+    """
+    graph.inputs.remove(weight)
+    _Decoder(graph, weight.name).replace(weight, encoded, turned)
 
 
 def save(model: "ir.Model", path: Path) -> None:
