@@ -2,7 +2,7 @@
 
 | codec | operations |
 |---|---|
-| uniform | Convert, Subtract, Multiply on `(channels, groups, elements)`, which the CPU plugin can keep compressed |
+| uniform | Convert, Subtract, Multiply, of groups on `(channels, groups, elements)`, as OpenVINO's plugins know them |
 | palette, least_squares | Gather from the look-up table of every group; a basis of b scales has 2^b entries |
 
 Codes of 1 and 2 bits are u2, of 3 and 4 bits u4, all others u8.
@@ -62,11 +62,23 @@ def decoder(encoded: Encoded, turned: bool = False) -> "openvino.Output":
     """
     from openvino import opset13 as ops
 
-    rows = [ops.reshape(_values(block, encoded), [encoded.shape[0], -1], False) for block in blocks_of(encoded)]
-    value = rows[0] if len(rows) == 1 else ops.concat(rows, 1)
-    if encoded.shape != value.shape:
-        value = ops.reshape(value, list(encoded.shape), False)
+    blocks = blocks_of(encoded)
+    if isinstance(blocks[0], Grid) and isinstance(encoded.grain, str):
+        value = _centred_and_scaled(blocks[0], encoded, encoded.shape, (-1, *[1] * (len(encoded.shape) - 1)))
+    else:
+        rows = [ops.reshape(_values(block, encoded), [encoded.shape[0], -1], False) for block in blocks]
+        value = ops.reshape(rows[0] if len(rows) == 1 else ops.concat(rows, 1), list(encoded.shape), False)
     return (ops.transpose(value, [1, 0]) if turned else value).output(0)
+
+
+def _centred_and_scaled(
+    block: Grid, encoded: Encoded, shape: tuple[int, ...], scales: tuple[int, ...]
+) -> "openvino.Node":
+    """Values of a block with codes of a shape, and scales and offsets of another."""
+    from openvino import opset13 as ops
+
+    levels = ops.convert(_codes(block.codes.reshape(shape), encoded.bits), "f32")
+    return ops.multiply(ops.subtract(levels, block.offset.view(scales).numpy()), block.scale.view(scales).numpy())
 
 
 def _values(block: Grid | Table, encoded: Encoded) -> "openvino.Node":
@@ -74,12 +86,8 @@ def _values(block: Grid | Table, encoded: Encoded) -> "openvino.Node":
     from openvino import opset13 as ops
 
     if isinstance(block, Grid):
-        rows = 1 if encoded.grain == "tensor" else encoded.shape[0]
-        codes, scale, offset = (
-            tensor.reshape(rows, -1, tensor.shape[1]) for tensor in (block.codes, block.scale, block.offset)
-        )
-        levels = ops.convert(_codes(codes, encoded.bits), "f32")
-        return ops.multiply(ops.subtract(levels, offset.numpy()), scale.numpy())
+        channels = encoded.shape[0]
+        return _centred_and_scaled(block, encoded, (channels, -1, block.codes.shape[1]), (channels, -1, 1))
     groups, _, d = block.entries.shape
     places = ops.convert(_codes(block.codes, encoded.bits), "i32")
     values = ops.reshape(ops.gather(block.entries.numpy(), places, 1, batch_dims=1), [groups, -1], False)
