@@ -8,10 +8,8 @@ from export_models import batch
 from typer.testing import CliRunner
 
 from hf_r2.cli import app
-from hf_r2.codecs import decode
 from hf_r2.export import FORMATS, export
 from hf_r2.export.exporter import load_compressed
-from hf_r2.export.layout import blocks_of
 from hf_r2.export.program import example_inputs
 
 run = CliRunner().invoke
@@ -76,12 +74,3 @@ def test_a_model_of_another_task_is_refused(compressed_checkpoint):
     body = load_compressed(source).bert
     with pytest.raises(ValueError, match="BertModel: what can be exported to this format is"):
         example_inputs(body, source)
-
-
-def test_the_blocks_of_a_weight_hold_all_its_codes(compressed_checkpoint):
-    model = load_compressed(str(compressed_checkpoint("resnet", bits=3, grain=5)))
-    for encoded in model.hf_quantizer.encoded.values():
-        blocks = blocks_of(encoded)
-        assert sum(block.codes.numel() for block in blocks) == encoded.shape.numel()
-        largest = max(((b.codes - b.offset) * b.scale).abs().max() for b in blocks)
-        assert largest == decode(encoded).abs().max()
