@@ -39,8 +39,8 @@ CODECS = {
     "uniform, 8 bits": {"method": "uniform", "bits": 8},
     "uniform, 4 bits": {"method": "uniform", "bits": 4},
     "uniform, 2 bits": {"method": "uniform", "bits": 2},
-    "palette, 4 bits": {"method": "palette", "bits": 4},
-    "palette, 2 bits": {"method": "palette", "bits": 2},
+    "palette, 4 bits": {"method": "palette", "bits": 4, "grain": "tensor"},
+    "palette, 2 bits": {"method": "palette", "bits": 2, "grain": "tensor"},
 }
 SESSIONS = {
     "onnxruntime, decoded at load": {"session.disable_quant_qdq": "1"},
