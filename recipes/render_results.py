@@ -5,7 +5,7 @@ python recipes/render_results.py --check   # exit 1 if a README differs from wha
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +30,26 @@ def recipes(cards: Path) -> list[tuple[Path, list[Manifest]]]:
 
 
 def render(cards: Path) -> str:
-    """Render one table per recipe, with every row that its runs measured."""
-    parts = []
+    """Render the overview, and one table per recipe with every row that its runs measured."""
+    parts = [overview(cards)]
     for folder, manifests in recipes(cards):
         runs = [manifest.last("evaluate") for manifest in manifests]
         first = runs[0]
         parts.append(
-            f"[{first['name']}](model_cards/{folder.name}) on {first['data']['name']}, {first['data']['split']} split "
+            f"[{first['name']}](../model_cards/{folder.name}) on {first['data']['name']}, {first['data']['split']} split "
             f"({first['rows'][0]['examples']} {unit(first)}), mean ± standard deviation over {len(runs)} seeds, "
             f"{seconds(runs)} seconds a run on {hardware(first)}:\n\n" + result_table([run["rows"] for run in runs])
         )
     return "\n\n".join(parts)
 
 
-def overview(cards: Path) -> str:
+def overview(cards: Path, links: str = "../model_cards") -> str:
     """Render one line per recipe: what compression costs after training and in training, with R2 and without."""
-    return markdown_table(HEADER, [overview_line(folder, manifests) for folder, manifests in recipes(cards)])
+    lines = [overview_line(f"{links}/{folder.name}", manifests) for folder, manifests in recipes(cards)]
+    return markdown_table(HEADER, lines)
 
 
-def overview_line(folder: Path, manifests: Sequence[Manifest]) -> list[str]:
+def overview_line(link: str, manifests: Sequence[Manifest]) -> list[str]:
     runs = [manifest.last("evaluate") for manifest in manifests]
     r2, first = manifests[0].last("train")["r2"], runs[0]
     aware = manifests[0].last("quantize")["quantization_config"].get("aware")
@@ -60,7 +61,7 @@ def overview_line(folder: Path, manifests: Sequence[Manifest]) -> list[str]:
         cells["PTQ"] = metric([rows[-1] for rows in baseline])
     cells[("R2 + " if r2 else "") + ("aware" if aware else "PTQ")] = metric(published)
     return [
-        f"[{first['name']}](../model_cards/{folder.name})",
+        f"[{first['name']}]({link})",
         first["data"]["name"],
         hardware(first),
         seconds(runs),
@@ -92,6 +93,12 @@ def hardware(run: dict[str, Any]) -> str:
     return facts["accelerator"] or f"{facts['cpus']} CPU cores"
 
 
+def contents() -> dict[Path, str]:
+    """Return what stands between the markers of each README."""
+    cards = ROOT / "model_cards"
+    return {ROOT / "README.md": overview(cards, "model_cards"), ROOT / "recipes" / "README.md": render(cards)}
+
+
 def insert(text: str, rendered: str) -> str:
     """Put the rendered results between their markers."""
     head, _, rest = text.partition(BEGIN)
@@ -100,10 +107,9 @@ def insert(text: str, rendered: str) -> str:
 
 
 def main() -> None:
-    tables: dict[Path, Callable[[Path], str]] = {ROOT / "README.md": render, ROOT / "recipes" / "README.md": overview}
-    for readme, table in tables.items():
+    for readme, content in contents().items():
         current = readme.read_text(encoding="utf-8")
-        rendered = insert(current, table(ROOT / "model_cards"))
+        rendered = insert(current, content)
         if "--check" not in sys.argv[1:]:
             atomic_write(readme, rendered)
         elif rendered != current:

@@ -22,13 +22,11 @@ def rows_of(run):
     return {(row["recipe"], row["weights"], row["batch_norm"]): row for row in rows}
 
 
-@pytest.mark.parametrize(
-    ("readme", "table"), [("README.md", render_results.render), ("recipes/README.md", render_results.overview)]
-)
-def test_readme_table_is_rendered_from_the_manifests(readme, table):
-    text = (ROOT / readme).read_text(encoding="utf-8")
+@pytest.mark.parametrize("readme", sorted(render_results.contents()), ids=lambda path: path.parent.name)
+def test_readme_table_is_rendered_from_the_manifests(readme):
+    text = readme.read_text(encoding="utf-8")
     assert render_results.BEGIN in text
-    assert text == render_results.insert(text, table(ROOT / "model_cards"))
+    assert text == render_results.insert(text, render_results.contents()[readme])
 
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda path: path.name)
