@@ -140,7 +140,7 @@ class Search:
         steps = list(map(_neighbours, choices.nbytes, self._losses, present))
         # What all weights free together, if each of them steps down
         freed = sum(
-            max(sizes[choice] - min(sizes[step] for step in [choice, *own]), 0)
+            sizes[choice] - min(sizes[step] for step in [choice, *own])
             for sizes, choice, own in zip(choices.nbytes, present, steps, strict=True)
         )
         room = target.nbytes - target.size(present) + freed
