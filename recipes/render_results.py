@@ -34,9 +34,9 @@ def render(cards: Path) -> str:
     parts = [overview(cards)]
     for folder, manifests in recipes(cards):
         runs = [manifest.last("evaluate") for manifest in manifests]
-        first = runs[0]
+        first, data = runs[0], runs[0]["data"]
         parts.append(
-            f"[{first['name']}](../model_cards/{folder.name}) on {first['data']['name']}, {first['data']['split']} split "
+            f"[{first['name']}](../model_cards/{folder.name}) on {data['name']}, {data['split']} split "
             f"({first['rows'][0]['examples']} {unit(first)}), mean ± standard deviation over {len(runs)} seeds, "
             f"{seconds(runs)} seconds a run on {hardware(first)}:\n\n" + result_table([run["rows"] for run in runs])
         )
