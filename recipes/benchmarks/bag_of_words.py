@@ -38,12 +38,9 @@ BAGS: dict[str, Any] = {
 }
 
 
-def measure(name: str, bags: Sequence[str], examples: int | None = None) -> dict[str, Any]:
+def measure(name: str, bags: Sequence[str]) -> dict[str, Any]:
     """Fit every bag with every strength; what measures best on the validation split is measured on the test split."""
-    splits = {
-        split: data.select(range(min(examples or len(data), len(data)))) for split, data in load_splits(name).items()
-    }
-    texts = {split: (list(data["text"]), list(data["label"])) for split, data in splits.items()}
+    texts = {split: (list(data["text"]), list(data["label"])) for split, data in load_splits(name).items()}
     rows = []
     for bag in tqdm(bags, unit="bag"):
         fitted = [
