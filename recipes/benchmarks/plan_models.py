@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from image_data import load_images, to_pixels
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
@@ -24,6 +23,8 @@ from transformers import (
     set_seed,
 )
 
+from hf_r2.evaluation import LabelledData
+from hf_r2.evaluation.data import to_pixels
 from hf_r2.files import atomic_directory
 
 PACKAGES = ("asyncio", "email", "http", "importlib", "json", "logging", "multiprocessing", "unittest", "xml")
@@ -118,9 +119,8 @@ def train(case: Case, directory: Path, steps: int | None = None) -> None:
 @cache
 def digits() -> tuple[Examples, Examples]:
     """Handwritten digits as the recipes use them: training and test images, 32×32."""
-    data = load_images("digits", "image", "label", "test", None)
     processor = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    parts = (to_pixels(processor, "image", "label")(part[:]) for part in (data["train"], data["evaluation"]))
+    parts = (to_pixels(processor, "image", "label")(part[:]) for part in LabelledData("digits").load_with_training())
     return tuple(Examples(pixel_values=p["pixel_values"], labels=torch.tensor(p["labels"])) for p in parts)
 
 
