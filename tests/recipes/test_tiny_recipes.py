@@ -3,12 +3,12 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hf_r2.report import Manifest
@@ -35,7 +35,7 @@ def launch_line(recipe, output, *options, processes=1, config=None):
 def start(command):
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
 
 def run(*arguments, **options):
@@ -53,7 +53,9 @@ def kill_when_there(path, *arguments, **options):
         assert process.poll() is None, process.communicate()[0][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
+    launcher = psutil.Process(process.pid)
+    for member in [launcher, *launcher.children(recursive=True)]:  # workers have sessions of their own
+        member.kill()
     process.communicate()
 
 
