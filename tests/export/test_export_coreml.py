@@ -46,7 +46,12 @@ CASES = [
     ),
     pytest.param("resnet", {"method": "uniform", "bits": 5, "grid": "full"}, marks=pytest.mark.slow),
     pytest.param("mobilenet_v1", {"method": "palette", "bits": 1}, marks=pytest.mark.slow),
-    pytest.param("vit", {"method": "least_squares", "bits": 2, "grain": 4}, marks=pytest.mark.slow),
+    # Groups of 4 inputs would cut the kernels of the patch embedding, which Core ML has no form for
+    pytest.param(
+        "vit",
+        {"method": "least_squares", "bits": 2, "grain": 4, "skip": ["*patch_embeddings*"]},
+        marks=pytest.mark.slow,
+    ),
     pytest.param("bert", {"method": "palette", "bits": 4, "grain": 4, "include": ["*"]}, marks=pytest.mark.slow),
     ("gpt2", {"method": "palette", "bits": 2, "grain": 4, "include": ["*"]}),
     pytest.param("llama", {"method": "uniform", "bits": 2}, marks=pytest.mark.slow),
