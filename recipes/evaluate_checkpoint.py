@@ -37,7 +37,7 @@ def main() -> None:
         if arguments.record:
             record_figures(arguments.model, data, figures, time.perf_counter() - start)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error with {arguments.model}: {error}") from error
     print(json.dumps(figures, indent=1))
 
 

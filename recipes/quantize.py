@@ -37,7 +37,7 @@ def main() -> None:
         R2Quantizer.from_pretrained(arguments.model).quantize(arguments.output, config, calibration)
         render_card(arguments.output)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error with {arguments.model}: {error}") from error
     print(f"{arguments.output} holds the compressed checkpoint and its card")
 
 

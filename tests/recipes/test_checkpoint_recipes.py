@@ -46,7 +46,7 @@ def compressed(model, tmp_path_factory):
 def test_a_recipes_quantization_compresses_any_checkpoint(compressed):
     config = Manifest.load(compressed).last("quantize")["quantization_config"]
     assert (config["bits"], config["grain"], config["refine"]) == (3, "tensor", ["batch_norm"])
-    assert config["overrides"]["classifier.*"] == {"bits": 8}
+    assert ["classifier.*", {"bits": 8}] in config["overrides"]
     assert (compressed / "README.md").is_file()
 
 
