@@ -12,8 +12,6 @@ import typer
 import yaml
 
 if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
-
     from hf_r2.evaluation import LabelledData
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Compress Hugging Face models honestly.")
@@ -132,6 +130,7 @@ def quantize(
     Example: hf-r2 quantize me/model model-4bit --refine adaround --data digits
     """
     from hf_r2 import R2QuantizationConfig, R2Quantizer
+    from hf_r2.evaluation.checkpoint import calibration_batches
     from hf_r2.quantization.stream import NotStreamable
     from hf_r2.report import render_card
 
@@ -140,7 +139,9 @@ def quantize(
     with _clear_errors():
         stated = {key: value for key, value in options.items() if value is not None}
         settings = R2QuantizationConfig(**{**_read_config(config), **stated})
-        calibration = None if data is None else _batches(_labelled(model, data, split, inputs), model, examples)
+        calibration = (
+            None if data is None else calibration_batches(model, _labelled(model, data, split, inputs), examples)
+        )
         quantizer = R2Quantizer.from_pretrained(model)
         try:
             quantizer.stream(output, settings)
@@ -192,12 +193,16 @@ def plan(
 
     Example: hf-r2 plan me/model --min-recovery 0.99 --data me/images --split validation --output plan.yaml
     """
+    from hf_r2.evaluation.checkpoint import calibration_batches
     from hf_r2.planning import plan_checkpoint
     from hf_r2.planning.output import draw_plan, parse_size, plan_table, summary, write_plan
 
     with _clear_errors():
         if output.suffix not in (".yaml", ".yml") or not output.parent.is_dir():
             raise ValueError(f"{output}: name a .yaml file in a folder that exists")
+        batches = None
+        if data is not None:
+            batches = calibration_batches(model, _labelled(model, data, split, inputs, label), examples)
         found = plan_checkpoint(
             model,
             method,
@@ -205,7 +210,7 @@ def plan(
             target_bytes=None if target_size is None else parse_size(target_size),
             target_bits=target_bits,
             min_recovery=min_recovery,
-            batches=None if data is None else _batches(_labelled(model, data, split, inputs, label), model, examples),
+            batches=batches,
             sensitivity=sensitivity,
             include=include,
             skip=skip,
@@ -367,14 +372,6 @@ def _labelled(
     inputs = inputs or ["image" if task_of(model) == "image-classification" else "text"]
     labelled = LabelledData(name, split, tuple(inputs), label, config or None, hub_revision(name), context)
     return as_seen_by(model, labelled)
-
-
-def _batches(labelled: "LabelledData", model: str, examples: int) -> "DataLoader":
-    """Read the first examples as a checkpoint does."""
-    from hf_r2.evaluation.checkpoint import batches_of
-
-    found = labelled.load()
-    return batches_of(model, labelled, found.select(range(min(examples, len(found)))))
 
 
 def _read_config(path: Path | None) -> dict[str, Any]:

@@ -224,7 +224,7 @@ def train(recipe: ExperimentArguments, arm: Arm, task: Task) -> R2Trainer | None
         processing_class=task.processor,
         quantization_config=R2QuantizationConfig(**recipe.quantization) if arguments.r2_aware else None,
         data_collator=task.collate,
-        callbacks=list(task.callbacks),
+        callbacks=task.callbacks,
     )
     checkpoint = last_whole_checkpoint(arm.directory, arguments.world_size) if recipe.resume else None
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -9,7 +9,7 @@ import torch
 from augmentation import Augment
 from datasets import Dataset, IterableDataset
 
-from hf_r2.evaluation.data import to_pixels
+from hf_r2.evaluation.data import first_examples, to_pixels
 
 SHUFFLE_BUFFER = 10_000
 """Images, still encoded, that a stream is shuffled within."""
@@ -83,7 +83,7 @@ def take_examples(images: Dataset | IterableDataset, count: int) -> Dataset:
     """Take the first examples, at most this many, for random access."""
     if isinstance(images, IterableDataset):
         return Dataset.from_list(list(images.take(count)), features=images.features)
-    return images.select(range(min(count, len(images))))
+    return first_examples(images, count)
 
 
 def input_size(processor: Any) -> int:

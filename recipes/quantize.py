@@ -12,7 +12,7 @@ from checkpoint_data import recipe_data
 from recipe_arguments import apply_dotted, load_recipe
 
 from hf_r2 import R2QuantizationConfig, R2Quantizer
-from hf_r2.evaluation.checkpoint import batches_of
+from hf_r2.evaluation.checkpoint import calibration_batches
 from hf_r2.report import render_card
 
 
@@ -30,10 +30,8 @@ def main() -> None:
     try:
         config = R2QuantizationConfig(**recipe["quantization"])
         data = recipe_data(recipe, arguments.model, "train")
-        examples = data.load()
-        examples = examples.select(range(min(recipe.get("calibration_examples", 1024), len(examples))))
-        batch_size = recipe.get("per_device_eval_batch_size", 64)
-        calibration = batches_of(arguments.model, data, examples, batch_size)
+        count, batch_size = recipe.get("calibration_examples", 1024), recipe.get("per_device_eval_batch_size", 64)
+        calibration = calibration_batches(arguments.model, data, count, batch_size)
         R2Quantizer.from_pretrained(arguments.model).quantize(arguments.output, config, calibration)
         render_card(arguments.output)
     except (ValueError, OSError) as error:

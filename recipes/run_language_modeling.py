@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_r2 import R2TrainingArguments
 from hf_r2.evaluation import LabelledData, evaluate_language_model
-from hf_r2.evaluation.data import hub_revision
+from hf_r2.evaluation.data import first_examples, hub_revision
 from hf_r2.evaluation.sequences import pack
 
 
@@ -59,7 +59,7 @@ def make_task(recipe: LanguageModelingArguments) -> Task:
         processor=tokenizer,
         train=train,
         evaluation=evaluation,
-        calibration=train.select(range(min(recipe.calibration_examples, len(train)))),
+        calibration=first_examples(train, recipe.calibration_examples),
         evaluate=evaluate_language_model,
         facts=data_facts(data, train, evaluation),
         config_options=options,

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 
 from hf_r2 import R2TrainingArguments
 from hf_r2.evaluation import LabelledData, evaluate_classifier
-from hf_r2.evaluation.data import class_names, hub_revision, to_tokens
+from hf_r2.evaluation.data import class_names, first_examples, hub_revision, to_tokens
 
 
 @dataclass
@@ -69,7 +69,7 @@ def make_task(recipe: TextArguments) -> Task:
         processor=tokenizer,
         train=tokens,
         evaluation=evaluated,
-        calibration=tokens.select(range(min(recipe.calibration_examples, len(tokens)))),
+        calibration=first_examples(tokens, recipe.calibration_examples),
         evaluate=evaluate_classifier,
         facts=data_facts(data, train, evaluation),
         config_options={**options, **class_options(class_names(train, recipe.label_column))},

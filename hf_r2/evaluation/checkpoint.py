@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from hf_r2.evaluation.classification import evaluate_classifier
-from hf_r2.evaluation.data import LabelledData, to_pixels, to_tokens
+from hf_r2.evaluation.data import LabelledData, first_examples, to_pixels, to_tokens
 from hf_r2.evaluation.language_modeling import evaluate_language_model
 from hf_r2.evaluation.sequences import pack
 
@@ -34,7 +34,7 @@ MODEL_CLASSES = {
 }
 """Class that loads a model of a task."""
 
-_TASKS = {
+_ENDINGS = {
     "ForImageClassification": "image-classification",
     "ForSequenceClassification": "text-classification",
     "ForCausalLM": "text-generation",
@@ -49,10 +49,15 @@ def task_of(source: str | os.PathLike[str]) -> str:
         ValueError: for a task that cannot be evaluated.
     """
     architecture = (AutoConfig.from_pretrained(source).architectures or ["none"])[0]
-    for ending, task in _TASKS.items():
-        if architecture.endswith(ending):
-            return task
-    raise ValueError(f"{source} is a {architecture}: what can be evaluated is {', '.join(MODEL_CLASSES)}")
+    task = task_of_architecture(architecture)
+    if task is None:
+        raise ValueError(f"{source} is a {architecture}: what can be evaluated is {', '.join(MODEL_CLASSES)}")
+    return task
+
+
+def task_of_architecture(architecture: str) -> str | None:
+    """Return the task of a model class by its name, in the Hub's words; None for others than those of this package."""
+    return next((task for ending, task in _ENDINGS.items() if architecture.endswith(ending)), None)
 
 
 def as_seen_by(source: str | os.PathLike[str], data: LabelledData) -> LabelledData:
@@ -115,6 +120,13 @@ def batches_of(
         tokenizer = AutoTokenizer.from_pretrained(source)
         transform, collate = to_tokens(tokenizer, data.inputs, data.label), DataCollatorWithPadding(tokenizer)
     return DataLoader(examples.with_transform(transform), batch_size=batch_size, collate_fn=collate)
+
+
+def calibration_batches(
+    source: str | os.PathLike[str], data: LabelledData, count: int, batch_size: int = 64
+) -> DataLoader:
+    """Load the first examples, at most this many, and read them as [`batches_of`] does."""
+    return batches_of(source, data, first_examples(data.load(), count), batch_size)
 
 
 def _load(source: str | os.PathLike[str], task: str) -> PreTrainedModel:

@@ -112,8 +112,7 @@ class LabelledData:
         if self.split == VALIDATION_FROM_TRAIN:
             if streaming:
                 raise ValueError(f"nothing can be held out of a stream: evaluate on one of {list(splits)}")
-            require_examples_apart(self.name)
-            parts = hold_out(splits["train"], self.label)
+            parts = hold_out(splits["train"], self.label, self.name)
             return parts["train"], parts["test"]
         evaluation = take_split(splits, self.split, self.label, self.name)
         self._require_columns(evaluation)
@@ -183,32 +182,31 @@ def take_split(splits: DatasetDict, split: str, label: str | None, name: str) ->
     """Take a split by name, or `validation_from_train`: what [`hold_out`] takes from the training data.
 
     Raises:
-        ValueError: naming the splits that there are; for the standard library's, `validation_from_train`: texts of one
-            file are alike, and would be on both sides.
+        ValueError: naming the splits that there are; and as [`hold_out`] does.
     """
     if split == VALIDATION_FROM_TRAIN and "train" in splits:
-        require_examples_apart(name)
         if label is not None:
             require_column(splits["train"], label, name)
-        return hold_out(splits["train"], label)["test"]
+        return hold_out(splits["train"], label, name)["test"]
     if split not in splits:
         raise ValueError(f"{name} has no split {split!r}; it has {list(splits)} and {VALIDATION_FROM_TRAIN}")
     return splits[split]
 
 
-def require_examples_apart(name: str) -> None:
-    """Check that a share of the examples can be held out without its like among the rest.
+def hold_out(train: Dataset, label: str | None, name: str) -> DatasetDict:
+    """Split a fifth off as `test`, stratified by label if there is one, with a fixed seed; the rest is `train`.
 
     Raises:
-        ValueError: for the standard library's, several of which come from one file.
+        ValueError: for the standard library's: texts of one file are alike, and would be on both sides.
     """
     if name in STANDARD_LIBRARY:
         raise ValueError(f"{name} is split by file: its split for choosing hyper-parameters is 'validation'")
-
-
-def hold_out(train: Dataset, label: str | None) -> DatasetDict:
-    """Split a fifth off as `test`, stratified by label if there is one, with a fixed seed; the rest is `train`."""
     return train.train_test_split(0.2, seed=SPLIT_SEED, stratify_by_column=label)
+
+
+def first_examples(data: Dataset, count: int) -> Dataset:
+    """Take the first examples, at most this many."""
+    return data.select(range(min(count, len(data))))
 
 
 def require_column(data: Dataset | IterableDataset, column: str, name: str) -> None:

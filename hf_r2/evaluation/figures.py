@@ -18,15 +18,21 @@ class ClassFigures:
         self._references: list[Tensor] = []
         self._loss = 0.0
 
-    def add_batch(self, logits: Tensor, references: Tensor, float_logits: Tensor | None = None) -> None:
-        """Add a batch: logits `(batch, classes)`, class indices `(batch,)`, and the float model's logits."""
+    def add_batch(self, logits: Tensor, references: Tensor, float_logits: Tensor | None = None) -> Tensor:
+        """Add a batch: logits `(batch, classes)`, class indices `(batch,)`, and the float model's logits.
+
+        Returns:
+            The cross-entropy of every example, `(batch,)`, in nats.
+        """
         logits = logits.float()
-        self._loss += torch.nn.functional.cross_entropy(logits, references, reduction="sum").item()
+        losses = torch.nn.functional.cross_entropy(logits, references, reduction="none")
+        self._loss += losses.sum().item()
         self._accuracy.add_batch(predictions=logits.argmax(dim=-1).tolist(), references=references.tolist())
         self._references.append(references.cpu())
         if float_logits is not None:
             self._fidelity = self._fidelity or Fidelity()
             self._fidelity.add_batch(logits, float_logits, references)
+        return losses
 
     def compute(self) -> dict[str, float | int | bool | None]:
         """Return the figures that [`hf_r2.evaluation.evaluate_classifier`] describes.

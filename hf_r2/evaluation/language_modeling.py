@@ -42,8 +42,6 @@ def evaluate_language_model(
         counted = following != -100
         logits = model(**inputs).logits[:, :-1][counted]
         reference = None if float_model is None else float_model.eval()(**inputs).logits[:, :-1][counted]
-        references = following[counted]
-        figures.add_batch(logits, references, reference)
-        losses = torch.nn.functional.cross_entropy(logits.float(), references, reduction="none")
+        losses = figures.add_batch(logits, following[counted], reference)
         perplexity.add_batch(predictions=losses.tolist())
     return {**figures.compute(), **perplexity.compute()}

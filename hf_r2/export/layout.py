@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hf_r2.codecs import CODECS, Encoded, uniform
-from hf_r2.codecs.bitpack import unpack
+from hf_r2.codecs.bitpack import pack, unpack
 from hf_r2.grain import cut, group_counts, group_sizes
 
 
@@ -62,3 +62,9 @@ def blocks_of(encoded: Encoded) -> list[Grid] | list[Table]:
     levels = CODECS[encoded.settings.method].levels(encoded.codebook, encoded.settings)
     tables = levels.view(sum(counts), 2**encoded.bits, d).split(counts)
     return [Table(*parts) for parts in zip(codes, tables, sizes, strict=True)]
+
+
+def packed_codes(codes: Tensor, bits: int) -> tuple[int, Tensor]:
+    """Pack codes into the narrowest unsigned type of 2, 4 or 8 bits: its width, and flat uint8."""
+    width = next(width for width in (2, 4, 8) if bits <= width)
+    return width, pack(codes, width)

@@ -11,8 +11,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.pytorch_utils import Conv1D
 
 from hf_r2.codecs import Encoded
+from hf_r2.evaluation.checkpoint import task_of_architecture
 
-_IMAGES, _TEXTS = "ForImageClassification", ("ForSequenceClassification", "ForCausalLM", "LMHeadModel")
 _SIDE = 64  # of an image before processing
 
 
@@ -63,10 +63,11 @@ def example_inputs(model: PreTrainedModel, source: str, batch: int = 2, length: 
         ValueError: for another task.
     """
     architecture = type(model).__name__
-    if architecture.endswith(_IMAGES):
+    task = task_of_architecture(architecture)
+    if task == "image-classification":
         pixels = torch.zeros(batch, *_image_shape(model.config, source))
         return ExampleInputs({"pixel_values": pixels}, {"pixel_values": {0: "batch"}})
-    if architecture.endswith(_TEXTS):
+    if task is not None:
         names = ["input_ids", "attention_mask"]
         if getattr(model.config, "type_vocab_size", 0) > 1:
             names.append("token_type_ids")

@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_r2.codecs import Encoded
-from hf_r2.codecs.bitpack import pack
-from hf_r2.export.layout import Grid, Table, blocks_of
+from hf_r2.export.layout import Grid, Table, blocks_of, packed_codes
 from hf_r2.export.program import ExampleInputs, compressed_parameters, example_inputs, is_turned, traced
 from hf_r2.grain import join
 
@@ -178,13 +177,12 @@ class _Decoder:
 
     def _codes(self, codes: Tensor, bits: int) -> "ir.Value":
         """Store codes in the narrowest type."""
-        width = next(width for width in (2, 4, 8) if bits <= width)
+        width, packed = packed_codes(codes, bits)
         dtype = {2: self.ir.DataType.UINT2, 4: self.ir.DataType.UINT4, 8: self.ir.DataType.UINT8}[width]
-        packed = pack(codes, width).numpy()
         if width == 8:
-            tensor = self.ir.Tensor(packed.reshape(codes.shape), dtype)
+            tensor = self.ir.Tensor(packed.numpy().reshape(codes.shape), dtype)
         else:
-            tensor = self.ir.PackedTensor(packed, dtype, shape=codes.shape)
+            tensor = self.ir.PackedTensor(packed.numpy(), dtype, shape=codes.shape)
         return self._initializer(tensor, "codes")
 
     def _constant(self, tensor: Tensor, role: str) -> "ir.Value":

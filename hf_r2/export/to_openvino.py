@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_r2.codecs import Encoded
-from hf_r2.codecs.bitpack import pack
-from hf_r2.export.layout import Grid, Table, blocks_of
+from hf_r2.export.layout import Grid, Table, blocks_of, packed_codes
 from hf_r2.export.program import compressed_parameters, example_inputs, is_turned
 from hf_r2.export.to_onnx import skeleton
 
@@ -100,7 +99,7 @@ def _codes(codes: Tensor, bits: int) -> "openvino.Node":
     """Store codes in the narrowest type."""
     import openvino
 
-    width = next(width for width in (2, 4, 8) if bits <= width)
+    width, packed = packed_codes(codes, bits)
     kind = {2: openvino.Type.u2, 4: openvino.Type.u4, 8: openvino.Type.u8}[width]
-    packed = openvino.Tensor(pack(codes, width).numpy(), list(codes.shape), kind)
-    return openvino.op.Constant(packed, shared_memory=False)
+    tensor = openvino.Tensor(packed.numpy(), list(codes.shape), kind)
+    return openvino.op.Constant(tensor, shared_memory=False)

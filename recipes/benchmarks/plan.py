@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from benchmarks import measuring
 from benchmarks.measuring import HERE
-from benchmarks.plan_models import CASES, DATA, Examples, train
+from benchmarks.plan_models import CASES, DATA, train
+from study.cell import Examples
 
 from hf_r2 import decode, encode, select_weights
 from hf_r2.codecs import CodecSettings
@@ -37,7 +38,7 @@ from hf_r2.selection import output_first
 BEGIN, END = "<!-- plan -->", "<!-- end of plan -->"
 CODECS = {"palette": "tensor", "uniform": "channel"}
 BITS = (2, 3, 4)
-EXAMPLES = 128
+EXAMPLES, BATCH = 128, 64
 PROXIES = ("SQNR", "noise", "SQNR × elements", "Fisher")
 ROW_NAMES = {
     "uniform": "uniform",
@@ -55,7 +56,7 @@ def measure(name: str, source: Path, method: str, examples: int = EXAMPLES) -> d
     evaluate = evaluation(source, held_out)
     checkpoint = FloatCheckpoint(str(source), None, None)
     choices = Choices(checkpoint, method, CODECS[method])
-    model = CalibratedModel(str(source), checkpoint, learned.batches(count=examples))
+    model = CalibratedModel(str(source), checkpoint, learned.batches(BATCH, examples))
     losses = measured_losses(choices, "kl", model)
     searches = {kind: Search(choices, {kind: own}, None) for kind, own in losses.items()}
     search = Search(choices, dict(reversed(losses.items())), model)
@@ -123,7 +124,7 @@ def evaluation(source: Path, examples: Examples) -> Callable[[Settings | None], 
         for name, (module, attribute) in select_weights(model).items():
             weight = originals[name] if settings is None else decode(encoded(name, settings[name]))
             getattr(module, attribute).data.copy_(output_first(module, weight))
-        figures = evaluate_classifier(model, examples.batches(), float_model=floats)
+        figures = evaluate_classifier(model, examples.batches(BATCH), float_model=floats)
         return {key: figures[key] for key in ("kl", "loss", "accuracy")}
 
     return evaluate

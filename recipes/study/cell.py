@@ -45,10 +45,10 @@ class Examples(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: tensor[index] for name, tensor in self.tensors.items()}
 
-    def batches(self) -> Iterator[dict[str, Tensor]]:
-        """Cut into batches for evaluation."""
-        for start in range(0, len(self), BATCH):
-            yield {name: tensor[start : start + BATCH] for name, tensor in self.tensors.items()}
+    def batches(self, size: int = BATCH, count: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """Cut the first examples, or all, into batches for evaluation."""
+        for start in range(0, len(self) if count is None else min(count, len(self)), size):
+            yield {name: tensor[start : start + size] for name, tensor in self.tensors.items()}
 
 
 def run_cell(spec: dict[str, Any]) -> dict[str, Any]:

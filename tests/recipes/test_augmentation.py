@@ -115,7 +115,6 @@ def test_calibration_takes_the_first_images_of_a_stream(images):
 
 
 def test_trivial_augmentation_names_what_it_needs():
-    pytest.importorskip("PIL")
     try:
         import torchvision  # noqa: F401
     except ImportError:
