@@ -185,8 +185,6 @@ def take_split(splits: DatasetDict, split: str, label: str | None, name: str) ->
         ValueError: naming the splits that there are; and as [`hold_out`] does.
     """
     if split == VALIDATION_FROM_TRAIN and "train" in splits:
-        if label is not None:
-            require_column(splits["train"], label, name)
         return hold_out(splits["train"], label, name)["test"]
     if split not in splits:
         raise ValueError(f"{name} has no split {split!r}; it has {list(splits)} and {VALIDATION_FROM_TRAIN}")
@@ -197,10 +195,13 @@ def hold_out(train: Dataset, label: str | None, name: str) -> DatasetDict:
     """Split a fifth off as `test`, stratified by label if there is one, with a fixed seed; the rest is `train`.
 
     Raises:
-        ValueError: for the standard library's: texts of one file are alike, and would be on both sides.
+        ValueError: without the column of labels, and for the standard library's: texts of one file are alike, and would
+            be on both sides.
     """
     if name in STANDARD_LIBRARY:
         raise ValueError(f"{name} is split by file: its split for choosing hyper-parameters is 'validation'")
+    if label is not None:
+        require_column(train, label, name)
     return train.train_test_split(0.2, seed=SPLIT_SEED, stratify_by_column=label)
 
 
