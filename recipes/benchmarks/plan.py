@@ -21,7 +21,7 @@ import torch
 from benchmarks import measuring
 from benchmarks.measuring import HERE
 from benchmarks.plan_models import CASES, DATA, train
-from study.cell import Examples
+from study.examples import Examples
 
 from hf_r2 import decode, encode, select_weights
 from hf_r2.codecs import CodecSettings

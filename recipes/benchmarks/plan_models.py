@@ -9,7 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-from study.cell import Examples, digits
+from study.examples import Examples, digits
 from transformers import (
     BertConfig,
     BertForSequenceClassification,

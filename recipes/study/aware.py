@@ -7,13 +7,10 @@ Interrupt it at any time: finished runs stay, and the next start goes on.
 """
 
 import copy
-import logging
-import math
 import multiprocessing
 import os
 import sys
 import warnings
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from plan import load_result, save_result
+from results import load_result, save_result
 from tables import run_and_publish, spread
 from tqdm import tqdm
 
@@ -50,7 +47,8 @@ def cells(study: dict[str, Any], start: str, seed: int) -> list[dict[str, Any]]:
 def run_start(job: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Train the start that some cells share, then compress it as each of them says."""
     import torch
-    from cell import accuracy, digits, fit
+    from examples import accuracy, digits
+    from float_models import fit
     from transformers import AutoConfig, AutoModelForImageClassification, set_seed
     from transformers.utils import logging as transformers_logging
 
@@ -69,7 +67,7 @@ def run_start(job: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str,
 
 def compress(model: Any, spec: dict[str, Any], train: Any, test: Any) -> dict[str, float]:
     """Compress a float model by the method of a cell, and measure it as trained and with batch norm re-estimated."""
-    from cell import accuracy
+    from examples import accuracy
 
     from hf_r2.refine import reestimate_batch_norm
 
@@ -77,7 +75,7 @@ def compress(model: Any, spec: dict[str, Any], train: Any, test: Any) -> dict[st
     run_method = by_least_squares if isinstance(spec["method"], dict) else dkm[spec["method"]]
     model = run_method(model, spec, train)
     measured = {"accuracy": accuracy(model, test)}
-    reestimate_batch_norm(model, ({"pixel_values": batch["pixel_values"]} for batch in train.batches()))
+    reestimate_batch_norm(model, train.images())
     return {**measured, "accuracy_bn": accuracy(model, test)}
 
 
@@ -88,15 +86,19 @@ def by_kmeans(model: Any, spec: dict[str, Any], train: Any) -> Any:
 
 
 def by_hf_r2(model: Any, spec: dict[str, Any], train: Any) -> Any:
+    from loop import steps
+
     from hf_r2 import attach, finalize
 
     attach(model, palettes(spec, aware="dkm"))
-    for _ in steps(model, spec, train):
+    for _ in steps(model, spec["training"], spec["seed"], train):
         pass
     return finalize(model)
 
 
 def by_least_squares(model: Any, spec: dict[str, Any], train: Any) -> Any:
+    from loop import steps
+
     from hf_r2 import R2QuantizationConfig, attach, finalize
     from hf_r2.quantization import compress
 
@@ -110,26 +112,22 @@ def by_least_squares(model: Any, spec: dict[str, Any], train: Any) -> Any:
         return compress(model, R2QuantizationConfig("least_squares", spec["bits"], **options))
     teacher = copy.deepcopy(model).eval() if method["distilled"] else None
     attach(model, R2QuantizationConfig("least_squares", spec["bits"], aware="least_squares", **options))
-    for _ in steps(model, spec, train, teacher):
+    for _ in steps(model, spec["training"], spec["seed"], train, teacher):
         pass
     return finalize(model)
 
 
 def by_coremltools(model: Any, spec: dict[str, Any], train: Any) -> Any:
-    logging.getLogger("coremltools").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    from coremltools.optimize.torch.palettization import DKMPalettizer, DKMPalettizerConfig, ModuleDKMPalettizerConfig
+    from loop import steps
+    from peers import coremltools_dkm
 
-    def settings(bits: int) -> ModuleDKMPalettizerConfig:
-        return ModuleDKMPalettizerConfig(n_bits=bits, weight_threshold=0)
+    from hf_r2 import select_weights
 
-    outer = {layer: settings(spec["first_and_last"]["bits"]) for layer in spec["first_and_last"]["layers"]}
-    config = DKMPalettizerConfig(global_config=settings(spec["bits"]), module_name_configs=outer)
-    palettizer = DKMPalettizer(model, config)
-    palettizer.prepare(inplace=True)
-    for _ in steps(model, spec, train):
-        palettizer.step()
-    return palettizer.finalize(inplace=True)
+    outer = dict.fromkeys(spec["first_and_last"]["layers"], spec["first_and_last"]["bits"])
+    bits = {name.removesuffix(".weight"): spec["bits"] for name in select_weights(model)} | outer
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return coremltools_dkm(model, bits, steps(model, spec["training"], spec["seed"], train))
 
 
 def palettes(spec: dict[str, Any], **options: Any) -> Any:
@@ -137,35 +135,6 @@ def palettes(spec: dict[str, Any], **options: Any) -> Any:
 
     outer = {f"{layer}.weight": {"bits": spec["first_and_last"]["bits"]} for layer in spec["first_and_last"]["layers"]}
     return R2QuantizationConfig("palette", bits=spec["bits"], grain="tensor", overrides=outer, **options)
-
-
-def steps(model: Any, spec: dict[str, Any], train: Any, teacher: Any = None) -> Iterator[int]:
-    """Train, by the labels or from a teacher, in batches drawn from the seed alone; yield after each step."""
-    import torch
-
-    from hf_r2.training.distillation import distillation_loss
-
-    settings, count = spec["training"], spec["training"]["steps"]
-    options = {key: settings[key] for key in ("momentum", "weight_decay")}
-    optimizer = torch.optim.SGD(model.parameters(), lr=settings["learning_rate"], **options)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / count)))
-    generator = torch.Generator().manual_seed(spec["seed"])
-    model.train()
-    for step in range(count):
-        chosen = torch.randint(len(train), (settings["batch"],), generator=generator)
-        batch = {name: tensor[chosen] for name, tensor in train.tensors.items()}
-        output = model(**batch)
-        if teacher is None:
-            loss = output.loss
-        else:
-            with torch.no_grad():
-                taught = teacher(pixel_values=batch["pixel_values"]).logits
-            loss = distillation_loss(output.logits, taught).mean()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        yield step
 
 
 def run(study: dict[str, Any], processes: int) -> None:

@@ -1,86 +1,112 @@
-"""What the study runs: the cells of a YAML file, and where their results are kept."""
+"""What the study of study.yaml runs: its float models, the cells that compress them, and how strengths are chosen."""
 
-import hashlib
-import json
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-import yaml
-
-from hf_r2.files import atomic_write
-
-RESULTS = Path(__file__).parent / "results"
-CHOSEN_BY = "min_max"
+from results import Cell, Study, load_result
 
 
-def load_study(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+class Row(NamedTuple):
+    """A line of a table: a task, an optimizer and a range restriction, by their names in the file."""
+
+    task: str
+    optimizer: str
+    restriction: str
 
 
-def cell(study: dict[str, Any], data: str, optimizer: str, restriction: str, index: int, seed: int, split: str) -> dict:
-    """Specify one cell completely: whatever changes its result is in it."""
-    setting = study["data"][data]
-    return {
-        "data": data,
-        "optimizer": optimizer,
-        "restriction": restriction,
-        "candidate": candidates(study, data, optimizer, restriction)[index],
-        "seed": seed,
-        "split": split,
-        "model": setting["model"],
-        "grain": setting["grain"],
-        "first_and_last": setting["first_and_last"],
-        "training": {**setting["training"], **setting["optimizers"][optimizer]},
-    }
-
-
-def candidates(study: dict[str, Any], data: str, optimizer: str, restriction: str) -> list[dict[str, Any]]:
-    """List a row's candidates: the file has one list for all, or one for each data set or optimizer."""
-    found = study["restrictions"][restriction]
-    return found[data if data in found else optimizer] if isinstance(found, dict) else found
-
-
-def settings(study: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """List data set, optimizer and restriction of every row, in the order of the file."""
+def rows(study: Study) -> list[Row]:
+    """List all rows in the order of the file."""
     return [
-        (data, optimizer, restriction)
-        for data, setting in study["data"].items()
+        Row(task, optimizer, restriction)
+        for task, setting in study["tasks"].items()
         for optimizer in setting["optimizers"]
         for restriction in study["restrictions"]
     ]
 
 
-def trials(study: dict[str, Any], row: tuple[str, str, str]) -> list[dict[str, Any]]:
+def candidates(study: Study, row: Row) -> list[dict[str, Any]]:
+    """List a row's candidates: the file has one list for all, or one for each grain or optimizer."""
+    found = study["restrictions"][row.restriction]
+    grain = study["tasks"][row.task]["grain"]
+    return found if isinstance(found, list) else found[grain if grain in found else row.optimizer]
+
+
+def float_model(study: Study, row: Row, index: int, seed: int, split: str) -> Cell:
+    """Specify a float model completely: whatever changes it is in it, and the split that it is measured on."""
+    setting = study["tasks"][row.task]
+    return {
+        "data": setting["data"],
+        "optimizer": row.optimizer,
+        "restriction": row.restriction,
+        "candidate": candidates(study, row)[index],
+        "seed": seed,
+        "split": split,
+        "model": setting["model"],
+        "grain": setting["grain"],
+        "first_and_last": setting["first_and_last"],
+        "training": {**setting["training"], **setting["optimizers"][row.optimizer]},
+    }
+
+
+def cell(study: Study, row: Row, start: Cell, compression: str) -> Cell:
+    """Specify a cell completely: a float model, and how it is compressed."""
+    settings = {**study["compressions"], **study["compared"]["compressions"]}[compression]
+    if needs_training(settings):
+        settings = {**settings, "training": study["tasks"][row.task]["aware_training"]}
+    return {**start, "compression": settings}
+
+
+def needs_training(settings: dict[str, Any]) -> bool:
+    """Tell whether a compression is trained through."""
+    return "aware" in settings
+
+
+def is_compared(spec: Cell) -> bool:
+    """Tell whether a cell is one of those that take long: trained through compression, or of another library."""
+    return bool({"aware", "peer"} & spec["compression"].keys())
+
+
+def trials(study: Study, row: Row) -> list[Cell]:
     """List the cells that a row's candidate is chosen from; none if there is nothing to choose."""
-    count = len(candidates(study, *row))
-    return [cell(study, *row, index, study["seeds"][0], "validation") for index in range(count)] if count > 1 else []
+    count = len(candidates(study, row))
+    starts = [float_model(study, row, index, study["seeds"][0], "validation") for index in range(count)]
+    names = ("float", study["chosen_by"])
+    return [cell(study, row, start, name) for start in starts for name in names] if count > 1 else []
 
 
-def chosen(study: dict[str, Any], row: tuple[str, str, str]) -> int | None:
+def chosen(study: Study, row: Row) -> int | None:
     """Return the candidate with the best compressed accuracy on the validation split; None while a trial is missing."""
-    results = [load_result(study, trial) for trial in trials(study, row)]
+    results = [load_result(study, trial) for trial in trials(study, row)][1::2]
     if None in results:
         return None
-    return max(range(len(results)), key=lambda index: results[index][CHOSEN_BY]) if results else 0
+    return max(range(len(results)), key=lambda index: results[index]["accuracy"]) if results else 0
 
 
-def tests(study: dict[str, Any], row: tuple[str, str, str]) -> list[dict[str, Any]]:
+def compressions(study: Study, row: Row) -> list[str]:
+    """List the names of what compresses the models of a row."""
+    compared = study["compared"]
+    if compared["tasks"].get(row.task) != row.optimizer or row.restriction not in compared["restrictions"]:
+        return list(study["compressions"])
+    more = [name for name in compared["compressions"] if row.task not in compared["left_out"].get(name, ())]
+    return [*study["compressions"], *more]
+
+
+def tests(study: Study, row: Row) -> list[Cell]:
     """List a row's cells on the test split, once its candidate is chosen."""
+    return [spec for name in compressions(study, row) for spec in seeds_of(study, row, name)]
+
+
+def seeds_of(study: Study, row: Row, compression: str) -> list[Cell]:
+    """List the cells on the test split of one compression of a row, one per seed, once its candidate is chosen."""
     index = chosen(study, row)
-    return [] if index is None else [cell(study, *row, index, seed, "test") for seed in study["seeds"]]
+    if index is None:
+        return []
+    starts = [float_model(study, row, index, seed, "test") for seed in study["seeds"]]
+    return [cell(study, row, start, compression) for start in starts]
 
 
-def result_path(study: dict[str, Any], spec: dict[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
-    return RESULTS / study["name"] / f"{digest}.json"
-
-
-def load_result(study: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any] | None:
-    path = result_path(study, spec)
-    return json.loads(path.read_text(encoding="utf-8"))["result"] if path.is_file() else None
-
-
-def save_result(study: dict[str, Any], spec: dict[str, Any], result: dict[str, Any]) -> None:
-    path = result_path(study, spec)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps({"cell": spec, "result": result}, indent=1, ensure_ascii=False) + "\n")
+def all_cells(study: Study) -> Iterator[Cell]:
+    """Walk through all cells, as far as candidates are chosen."""
+    for row in rows(study):
+        yield from trials(study, row)
+        yield from tests(study, row)

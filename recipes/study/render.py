@@ -1,108 +1,179 @@
-"""Render a study's tables and picture into README.md, from its result files.
+"""Render the study's tables, pictures and conclusions, and the headline of the project's README, from its result files.
 
-python recipes/study/render.py recipes/study/range_restriction.yaml           # write
-python recipes/study/render.py recipes/study/range_restriction.yaml --check   # exit 1 if README.md says otherwise
+    python recipes/study/render.py            # write
+    python recipes/study/render.py --check    # exit 1 if anything written differs from the results
+
+The words of the conclusions and of the headline are in *.md.jinja; their figures come from the cells that they link to.
 """
 
 import argparse
 from pathlib import Path
-from typing import Any
+from statistics import mean
 
-from matplotlib.figure import Figure
-from plan import candidates, chosen, load_result, settings, tests, trials
-from tables import publish, spread
+import jinja2
+from evidence import Measured
+from figures import draw_bits, draw_crest, draw_size
+from plan import Row
+from results import load_study
+from tables import HERE, README, publish, spread
 
+from hf_r2.report.tables import markdown_table
+
+ROOT = HERE.parent.parent
 COLUMNS = {
-    "float": "float",
-    "min_max": "2 bits",
-    "min_max_bn": "2 bits, BN re-estimated",
-    "mse": "2 bits, MSE range",
-    "mse_bn": "2 bits, MSE range, BN re-estimated",
+    "uniform, 8 bits": "8 bits",
+    "uniform, 4 bits": "4 bits",
+    "uniform, 3 bits": "3 bits",
+    "uniform, 2 bits": "2 bits",
+    "uniform, 2 bits, MSE range": "2 bits, MSE range",
+    "palette, 4 bits": "palette, 4 bits",
+    "palette, 2 bits": "2 bits",
+    "palette, 1 bit": "1 bit",
+    "least squares, 2 bits": "least squares, 2 bits",
+    "least squares, 1 bit": "1 bit",
 }
-METRICS = {"digits": "accuracy", "text": "next-byte accuracy"}
+METRICS = {"digits": "accuracy", "mnist": "accuracy", "text": "next-byte accuracy"}
+CORRELATED = ("uniform, 2 bits", "uniform, 2 bits, MSE range", "palette, 2 bits", "least squares, 2 bits")
+
+# Heading, restriction, compression, and whether batch norm is re-estimated. R2 is clipping in every step
+HEADLINE = [
+    ("float", "none", "float", False),
+    ("float, R2", "clip", "float", False),
+    ("2 bits", "none", "uniform, 2 bits", False),
+    ("2 bits, R2", "clip", "uniform, 2 bits", False),
+    ("2 bits, repaired", "weight decay", "uniform, 2 bits, MSE range", True),
+    ("2 bits, R2, repaired", "clip", "uniform, 2 bits, MSE range", True),
+]
 
 
-def render(study: dict[str, Any]) -> str:
-    """Render a table per data set and optimizer, each row with the number of its runs."""
+def tables(measured: Measured) -> str:
+    """Render a table per task and optimizer, and one more with batch norm re-estimated where there is any."""
     parts = []
-    for data, setting in study["data"].items():
-        for optimizer in setting["optimizers"]:
-            rows = [row for row in settings(study) if row[:2] == (data, optimizer)]
-            parts.append(
-                f"**{data}, {optimizer}**: {METRICS[data]} in %, grain {setting['grain']}.{_chance(study, rows)}"
-            )
-            parts.append(_table(study, rows))
+    for task, optimizer in pairs(measured):
+        rows = measured.rows_of(task, optimizer)
+        title = f"{heading(measured, task, optimizer)}, grain {measured.study['tasks'][task]['grain']}"
+        parts += [f"{title}.{_bigram(measured, rows[0])}", restriction_table(measured, rows, best=False)]
+        if has_batch_norm(measured, rows[0]):
+            parts += [f"{title}, batch norm re-estimated.", restriction_table(measured, rows, best=True)]
     return "\n\n".join(parts)
 
 
-def _table(study: dict[str, Any], rows: list[tuple[str, str, str]]) -> str:
-    measured = {row[2]: _results(study, row) for row in rows}
-    columns = [column for column in COLUMNS if any(column in result for runs in measured.values() for result in runs)]
-    lines = [
-        "| restriction | chosen | " + " | ".join(COLUMNS[column] for column in columns) + " | crest factor |",
-        "|---|---|" + "---|" * (len(columns) + 1),
-    ]
+def pairs(measured: Measured) -> list[tuple[str, str]]:
+    """List all tasks and optimizers."""
+    return list(dict.fromkeys((row.task, row.optimizer) for row in measured.rows))
+
+
+def heading(measured: Measured, task: str, optimizer: str) -> str:
+    return f"**{task}, {optimizer}**: {METRICS[measured.study['tasks'][task]['data']]} in %"
+
+
+def restriction_table(measured: Measured, rows: list[Row], best: bool) -> str:
+    header = ("restriction", "chosen", "crest factor", "float", *COLUMNS.values())
+    lines = []
     for row in rows:
-        runs = measured[row[2]]
-        cells = [spread([100 * run[column] for run in runs], 1) for column in columns]
-        cells.append(spread([run["crest_factor"] for run in runs], 2))
-        lines.append(f"| {row[2]} | {_choice(study, row)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        crest = spread([run["crest_factor"] for run in measured.runs(row, "float")], 2)
+        cells = [spread(measured.figures(row, name, best=best)) for name in COLUMNS]
+        lines.append((link(measured, row), measured.choice(row), crest, spread(measured.figures(row, "float")), *cells))
+    return markdown_table(header, lines)
 
 
-def _results(study: dict[str, Any], row: tuple[str, str, str]) -> list[dict[str, float]]:
-    results = [load_result(study, spec) for spec in tests(study, row)]
-    if not results or None in results:
-        raise SystemExit(f"runs of {row} are missing: python recipes/study/run.py recipes/study/{study['name']}.yaml")
-    return results
+def comparison(measured: Measured) -> str:
+    """Render what each method makes of the same float models, a table per task."""
+    compared = measured.study["compared"]
+    parts = []
+    for task, optimizer in compared["tasks"].items():
+        rows = [Row(task, optimizer, restriction) for restriction in compared["restrictions"]]
+        columns = [(row, False) for row in rows]
+        if has_batch_norm(measured, rows[0]):
+            columns += [(row, True) for row in rows]
+        lines = []
+        for name in measured.compressions(rows[0]):
+            cells = [spread(measured.figures(row, name, best=best)) for row, best in columns]
+            lines.append((name, f"{measured.bits_per_weight(rows[0], name):.2f}", *cells))
+        header = ("method", "bits per weight", *(f"{row.restriction}{', BN' * best}" for row, best in columns))
+        parts += [f"{heading(measured, task, optimizer)}.", markdown_table(header, lines)]
+    return "\n\n".join(parts)
 
 
-def _choice(study: dict[str, Any], row: tuple[str, str, str]) -> str:
-    if not trials(study, row):
-        return ""
-    options = candidates(study, *row)
-    varied = [key for key in options[0] if len({str(option[key]) for option in options}) > 1]
-    picked = options[chosen(study, row)]
-    return ", ".join(f"{key.removeprefix('r2_')} {picked[key]:g}" for key in varied)
+def correlations(measured: Measured) -> str:
+    """Render how well the crest factor of a float model ranks what is left of its accuracy."""
+    repaired = CORRELATED[1]
+    header = ("task", "optimizer", *CORRELATED, f"{repaired}, BN")
+    lines = []
+    for task, optimizer in pairs(measured):
+        cells = [f"{measured.crest_correlation(task, optimizer, name):+.2f}" for name in CORRELATED]
+        with_norm = has_batch_norm(measured, measured.rows_of(task, optimizer)[0])
+        last = f"{measured.crest_correlation(task, optimizer, repaired, best=True):+.2f}" if with_norm else ""
+        lines.append((task, optimizer, *cells, last))
+    return markdown_table(header, lines)
 
 
-def _chance(study: dict[str, Any], rows: list[tuple[str, str, str]]) -> str:
-    bigram = _results(study, rows[0])[0].get("bigram")
-    return f" The most frequent successor of a byte is right in {100 * bigram:.1f} %." if bigram is not None else ""
+def has_batch_norm(measured: Measured, row: Row) -> bool:
+    return "accuracy_bn" in measured.runs(row, "uniform, 2 bits")[0]
 
 
-def draw(study: dict[str, Any], path: Path) -> None:
-    """Draw float and 2-bit accuracy of every restriction: one panel per data set and optimizer, a dot per seed."""
-    panels = [(data, optimizer) for data, setting in study["data"].items() for optimizer in setting["optimizers"]]
-    names = list(study["restrictions"])
-    figure = Figure(figsize=(4 * len(panels), 0.36 * len(names) + 1.4), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, panel in zip(axes, panels, strict=True):
-        for height, name in enumerate(names):
-            runs = _results(study, (*panel, name))
-            for column, colour, marker in (
-                ("float", "0.6", "|"),
-                ("mse", "tab:orange", "x"),
-                ("min_max", "tab:blue", "o"),
-            ):
-                label = COLUMNS[column] if height == 0 else None
-                values = [100 * run[column] for run in runs]
-                axis.plot(values, [height] * len(runs), marker, color=colour, label=label, alpha=0.8)
-        axis.set_title(", ".join(panel))
-        axis.set_xlabel(f"{METRICS[panel[0]]}, %")
-        axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=110)
+def headline(measured: Measured, prefix: str) -> str:
+    """Render what R2 does for 2-bit weights, a row per task with one optimizer; figures link to cells."""
+    lines = []
+    for task, setting in measured.study["tasks"].items():
+        optimizer = measured.study["compared"]["tasks"].get(task, next(iter(setting["optimizers"])))
+        cells = []
+        for _, restriction, compression, best in HEADLINE:
+            row = Row(task, optimizer, restriction)
+            cells.append(link(measured, row, spread(measured.figures(row, compression, best=best)), prefix))
+        lines.append((task, optimizer, *cells))
+    return markdown_table(("task", "optimizer", *(heading for heading, *_ in HEADLINE)), lines)
+
+
+def link(measured: Measured, row: Row, text: str | None = None, prefix: str = "") -> str:
+    """Link to the cells of a row, from a document that this folder is found from by a prefix."""
+    return f"[{text or row.restriction}]({prefix}results/{measured.folder(row)})"
+
+
+def words(measured: Measured, template: str, prefix: str = "") -> str:
+    """Render a text; its figures are means over seeds and link to their cells."""
+
+    def figure(task: str, optimizer: str, restriction: str, compression: str, best: bool = False) -> str:
+        row = Row(task, optimizer, restriction)
+        return link(measured, row, f"{mean(measured.figures(row, compression, best=best)):.1f} %", prefix)
+
+    def crest(task: str, optimizer: str, restriction: str) -> str:
+        row = Row(task, optimizer, restriction)
+        return link(measured, row, f"{mean(run['crest_factor'] for run in measured.runs(row, 'float')):.2f}", prefix)
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    names = {"figure": figure, "crest": crest, "headline": headline(measured, prefix)}
+    return environment.get_template(template).render(**names).strip()
+
+
+def _bigram(measured: Measured, row: Row) -> str:
+    found = measured.runs(row, "float")[0].get("bigram")
+    return f" The most frequent successor of a byte is right in {100 * found:.1f} %." if found is not None else ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path)
+    parser.add_argument("study", type=Path, nargs="?", default=HERE / "study.yaml")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    publish(options.study, "render.py", render, draw, options.check)
+    measured = Measured(load_study(options.study))
+    blocks = {
+        README: {
+            "conclusions": words(measured, "conclusions.md.jinja"),
+            "evidence": tables(measured),
+            "comparison": comparison(measured),
+            "crest factors": correlations(measured),
+        },
+        ROOT / "README.md": {"headline": words(measured, "headline.md.jinja", "recipes/study/")},
+    }
+    pictures = {
+        "bits.png": lambda: draw_bits(measured),
+        "crest_factors.png": lambda: draw_crest(measured),
+        "sizes.png": lambda: draw_size(measured),
+    }
+    publish(measured.study, "render.py", blocks, pictures, options.check)
 
 
 if __name__ == "__main__":

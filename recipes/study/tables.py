@@ -1,18 +1,20 @@
-"""What the renderers of the studies share."""
+"""What the renderers of the studies share: figures, blocks between markers, and pictures that say what they show."""
 
 import argparse
+import hashlib
 import os
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from plan import load_study
+from matplotlib.figure import Figure
+from PIL import Image
+from results import Study, load_study, result_files
 
 from hf_r2.files import atomic_write
 
-README = Path(__file__).parent / "README.md"
-Study = dict[str, Any]
+HERE = Path(__file__).parent
+README = HERE / "README.md"
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
@@ -23,22 +25,51 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 def insert(text: str, name: str, program: str, rendered: str) -> str:
     """Put what is rendered between the markers of a study."""
     begin, end = f"<!-- {name}: rendered by recipes/study/{program} -->", f"<!-- end of {name} -->"
-    head, _, rest = text.partition(begin)
+    head, found, rest = text.partition(begin)
+    if not found:
+        raise SystemExit(f"no line {begin}")
     return f"{head}{begin}\n\n{rendered}\n\n{end}{rest.partition(end)[2]}"
 
 
 def publish(
-    path: Path, program: str, render: Callable[[Study], str], draw: Callable[[Study, Path], None] | None, check: bool
+    study: Study,
+    program: str,
+    blocks: dict[Path, dict[str, str]],
+    pictures: dict[str, Callable[[], Figure]],
+    check: bool,
 ) -> None:
-    """Write a study's tables and picture from its results; with `check`, exit with 1 if README.md says otherwise."""
-    study, current = load_study(path), README.read_text(encoding="utf-8")
-    rendered = insert(current, study["name"], program, render(study))
-    if not check:
-        atomic_write(README, rendered)
-        if draw is not None:
-            draw(study, README.with_name(f"{study['name']}.png"))
-    elif rendered != current:
-        raise SystemExit(f"README.md differs from the results: python recipes/study/{program} {path}")
+    """Write a study's tables and pictures; with `check`, exit with 1 if what is written is not what results say.
+
+    Args:
+        study: the study.
+        program: file name of the renderer.
+        blocks: by document, by the name in its markers, what is rendered.
+        pictures: by file name, what draws them.
+        check: compare only.
+    """
+    stale = []
+    for document, parts in blocks.items():
+        current = rendered = document.read_text(encoding="utf-8")
+        for name, block in parts.items():
+            rendered = insert(rendered, name, program, block)
+        if not check:
+            atomic_write(document, rendered)
+        elif rendered != current:
+            stale.append(str(document))
+    source = source_of(study, program)
+    for name, draw in pictures.items():
+        if not check:
+            draw().savefig(HERE / name, dpi=110, metadata={"Source": source})
+        elif Image.open(HERE / name).info.get("Source") != source:
+            stale.append(name)
+    if stale:
+        raise SystemExit(f"{', '.join(stale)}: not what the results say. Run python recipes/study/{program}")
+
+
+def source_of(study: Study, program: str) -> str:
+    """Hash what a picture is drawn from: the results, and the programs that draw it."""
+    files = [*result_files(study), HERE / program, HERE / "figures.py"]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def run_and_publish(
@@ -46,7 +77,7 @@ def run_and_publish(
     program: str,
     run: Callable[[Study, int], None],
     render: Callable[[Study], str],
-    draw: Callable[[Study, Path], None] | None = None,
+    draw: Callable[[Study], Figure] | None = None,
 ) -> None:
     """Run what a study lacks and publish it, as the command line says."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,6 +86,8 @@ def run_and_publish(
     parser.add_argument("--render", action="store_true")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
+    study = load_study(options.study)
     if not options.render:
-        run(load_study(options.study), options.processes)
-    publish(options.study, program, render, draw, options.check)
+        run(study, options.processes)
+    pictures = {f"{study['name']}.png": lambda: draw(study)} if draw else {}
+    publish(study, program, {README: {study["name"]: render(study)}}, pictures, options.check)

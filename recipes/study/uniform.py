@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from matplotlib.figure import Figure
-from plan import load_result, save_result
+from results import load_result, save_result
 from tables import run_and_publish, spread
 from tqdm import tqdm
 
@@ -83,8 +83,9 @@ def tests(study: dict[str, Any]) -> list[Cell]:
 def run_start(job: tuple[dict[str, Any], list[Cell]]) -> int:
     """Train the float start that some cells share, quantize it as each of them says, and save their results."""
     import torch
-    from cell import accuracy, digits, fit
     from datasets.utils.logging import disable_progress_bar
+    from examples import accuracy, digits
+    from float_models import fit
     from transformers import AutoConfig, AutoModelForImageClassification, set_seed
     from transformers.utils import logging
 
@@ -108,12 +109,12 @@ def run_start(job: tuple[dict[str, Any], list[Cell]]) -> int:
 
 def measured(model: Any, train: Any, evaluation: Any) -> dict[str, float]:
     """Measure a quantized model as it is, and with batch norm re-estimated."""
-    from cell import accuracy
+    from examples import accuracy
 
     from hf_r2.refine import reestimate_batch_norm
 
     as_it_is = accuracy(model, evaluation)
-    reestimate_batch_norm(model, ({"pixel_values": batch["pixel_values"]} for batch in train.batches()))
+    reestimate_batch_norm(model, train.images())
     return {"accuracy": as_it_is, "accuracy_bn": accuracy(model, evaluation)}
 
 
@@ -139,7 +140,7 @@ def quantize_after(model: Any, spec: Cell, train: Any) -> Any:
 
 
 def quantize_in_training(model: Any, spec: Cell, train: Any) -> Any:
-    from cell import fit
+    from float_models import fit
     from transformers import set_seed
 
     set_seed(spec["seed"])
@@ -213,7 +214,7 @@ def complete(study: dict[str, Any], cells: list[Cell]) -> list[dict[str, float]]
     return runs
 
 
-def draw(study: dict[str, Any], path: Path) -> None:
+def draw(study: dict[str, Any]) -> Figure:
     """Draw accuracy by bits after training, one panel per start, a line per method and a dot per seed."""
     bits, starts = study["post_training"]["bits"], list(study["starts"])
     figure = Figure(figsize=(3.6 * len(starts), 3.4), layout="constrained")
@@ -230,7 +231,7 @@ def draw(study: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def main() -> None:
