@@ -224,7 +224,8 @@ def test_every_method_is_compared(finished):
     text = render.comparison(finished)
     assert text.count("| quanto, 4 bits ") == len(finished.study["compared"]["tasks"])
     assert text.count("| torchao intx, 4 bits ") == 2
-    assert text.count("| 8.00 ") == text.count("\n| ") - 2 * len(finished.study["compared"]["tasks"]) - 4
+    headers, floats = 2 * len(finished.study["tasks"]), len(finished.study["tasks"])
+    assert text.count("| 8.00 ") == text.count("\n| ") - headers - floats
 
 
 def test_crest_factors_are_correlated_with_recoveries(finished):
@@ -236,7 +237,7 @@ def test_crest_factors_are_correlated_with_recoveries(finished):
 def test_pictures_have_a_panel_for_every_task(finished):
     pairs = {(row.task, row.optimizer) for row in finished.rows}
     for draw in (render.draw_bits, render.draw_crest):
-        assert {axis.get_title() for axis in draw(finished).axes} == set(map(", ".join, pairs))
+        assert {axis.get_title() for axis in draw(finished).axes if axis.axison} == set(map(", ".join, pairs))
     assert len(render.draw_size(finished).axes) == len(pairs)
 
 
