@@ -1,5 +1,6 @@
 """A model whose weights can be compressed one by one, and what that costs on calibration data."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,17 +14,45 @@ from hf_r2.planning.source import FloatCheckpoint
 from hf_r2.quantization.quantizer import load_float_model
 from hf_r2.selection import output_first, select_weights
 
+STANDARD_ERRORS = 2
+"""By how many standard errors a loss has to be lower to count as lower, beyond what an example or two may do."""
+
 
 class Measured(NamedTuple):
     """What a compressed model loses on calibration data.
 
     Args:
         kl: mean KL(float ‖ compressed) in nats.
+        losses: of every example in nats, float64 `(examples,)`: the cross-entropy of its label or, of other models than
+            classifiers of rows and without labels, KL(float ‖ compressed).
+        accuracy: share of right classes; None without labels.
         recovery: accuracy over that of the float model; None without labels, or where the float model has none right.
     """
 
     kl: float
+    losses: Tensor
+    accuracy: float | None
     recovery: float | None
+
+    @property
+    def cross_entropy(self) -> float | None:
+        """Mean cross-entropy of the labels in nats; None without labels."""
+        return None if self.accuracy is None else self.losses.mean().item()
+
+    def excess(self, other: "Measured") -> tuple[float, float]:
+        """Return by how much the mean loss exceeds that of another on the same examples, and its standard error.
+
+        The error is that of the mean of the examples' differences, into which what both have in common does not enter;
+        infinite for a single example.
+        """
+        differences = self.losses - other.losses
+        count = len(differences)
+        return differences.mean().item(), differences.std().item() / math.sqrt(count) if count > 1 else math.inf
+
+    def surely_better(self, other: "Measured") -> bool:
+        """Whether the mean loss is lower than that of another by more than `STANDARD_ERRORS`."""
+        mean, error = self.excess(other)
+        return mean + STANDARD_ERRORS * error < 0
 
 
 class CalibratedModel:
@@ -54,18 +83,14 @@ class CalibratedModel:
             self._batches.append(inputs)
         if not self._batches:
             raise ValueError("the calibration data is empty")
-        self._reference: list[Tensor] = []
-        right = []
-        for batch, labels in zip(self._batches, self._labels, strict=True):
-            logits = self._logits(batch)
-            self._reference.append(logits.float().log_softmax(dim=-1))
-            right.append(_right(logits, labels))
-        self._float_right = None if None in right else sum(right)
+        self._reference = [self._log_probabilities(batch) for batch in self._batches]
+        self._classified = all(map(_are_classes, self._labels, self._reference))
+        self._float_accuracy = _accuracy(map(_right, self._reference, self._labels)) if self._classified else None
 
     @property
     def labelled(self) -> bool:
         """Whether recovery can be measured."""
-        return bool(self._float_right)
+        return bool(self._float_accuracy)
 
     def fisher(self) -> dict[str, Tensor]:
         """Estimate the diagonal of the Fisher information of the float weights, output channels first."""
@@ -99,13 +124,19 @@ class CalibratedModel:
 
     def measure(self) -> Measured:
         """Measure the model as it is now."""
-        divergences, rows, right = 0.0, 0, 0
+        divergences, entropies, right = [], [], []
         for batch, labels, reference in zip(self._batches, self._labels, self._reference, strict=True):
-            logits = self._logits(batch)
-            divergences += divergence(logits, reference).item()
-            rows += reference.shape[:-1].numel()
-            right += _right(logits, labels) or 0
-        return Measured(divergences / rows, right / self._float_right if self._float_right else None)
+            ours = self._log_probabilities(batch)
+            divergences.append(divergence(ours, reference))
+            if self._classified:
+                entropies.append(nn.functional.nll_loss(ours.double(), labels, reduction="none"))
+                right.append(_right(ours, labels))
+        kl = torch.cat([own.flatten() for own in divergences]).mean().item()
+        if not self._classified:
+            return Measured(kl, torch.cat([own.view(len(own), -1).mean(dim=1) for own in divergences]), None, None)
+        accuracy = _accuracy(right)
+        recovery = accuracy / self._float_accuracy if self._float_accuracy else None
+        return Measured(kl, torch.cat(entropies), accuracy, recovery)
 
     @torch.no_grad()
     def _put(self, name: str, weight: Tensor, settings: CodecSettings | None) -> Tensor:
@@ -116,15 +147,21 @@ class CalibratedModel:
         return decoded
 
     @torch.no_grad()
-    def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def _log_probabilities(self, batch: Mapping[str, Tensor]) -> Tensor:
         output = self._model(**batch)
         if getattr(output, "logits", None) is None:
             raise ValueError(f"{type(self._model).__name__} has no logits to compare: plan without data")
-        return output.logits
+        return output.logits.float().log_softmax(dim=-1)
 
 
-def _right(logits: Tensor, labels: Tensor | None) -> int | None:
-    """Count right predictions of a classifier of rows; None for other models and without classes."""
-    if labels is None or logits.dim() != 2 or labels.shape != logits.shape[:-1]:
-        return None
-    return int((logits.argmax(dim=-1) == labels).sum())
+def _are_classes(labels: Tensor | None, logits: Tensor) -> bool:
+    """Whether labels are the classes of rows; those of tokens are not."""
+    return labels is not None and logits.dim() == 2 and labels.shape == logits.shape[:-1]
+
+
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.argmax(dim=-1) == labels
+
+
+def _accuracy(right: Iterable[Tensor]) -> float:
+    return torch.cat(list(right)).double().mean().item()

@@ -10,7 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +21,19 @@ import torch
 from benchmarks import measuring
 from benchmarks.measuring import HERE
 from benchmarks.plan_models import CASES, DATA, train
-from study.examples import Examples
 
-from hf_r2 import decode, encode, select_weights
 from hf_r2.codecs import CodecSettings
-from hf_r2.evaluation import evaluate_classifier
-from hf_r2.planning.calibration import CalibratedModel
+from hf_r2.planning.calibration import CalibratedModel, Measured
 from hf_r2.planning.choices import Choices, Settings, Target
 from hf_r2.planning.losses import measured_losses
 from hf_r2.planning.search import Point, Search
 from hf_r2.planning.source import FloatCheckpoint
-from hf_r2.quantization.quantizer import load_float_model
 from hf_r2.report.tables import markdown_table
-from hf_r2.selection import output_first
 
 BEGIN, END = "<!-- plan -->", "<!-- end of plan -->"
 CODECS = {"palette": "tensor", "uniform": "channel"}
 BITS = (2, 3, 4)
-EXAMPLES, BATCH = 128, 64
+EXAMPLES, BATCH = 256, 64
 PROXIES = ("SQNR", "noise", "SQNR × elements", "Fisher")
 ROW_NAMES = {
     "uniform": "uniform",
@@ -52,11 +47,11 @@ ROW_NAMES = {
 def measure(name: str, source: Path, method: str, examples: int = EXAMPLES) -> dict[str, Any]:
     """Measure one trained model with one codec."""
     start = time.perf_counter()
-    learned, held_out = DATA[CASES[name].data]()
-    evaluate = evaluation(source, held_out)
+    parts = DATA[CASES[name].data]()
     checkpoint = FloatCheckpoint(str(source), None, None)
     choices = Choices(checkpoint, method, CODECS[method])
-    model = CalibratedModel(str(source), checkpoint, learned.batches(BATCH, examples))
+    model = CalibratedModel(str(source), checkpoint, parts.calibration.batches(BATCH, examples))
+    evaluate = evaluation(CalibratedModel(str(source), checkpoint, parts.test.batches(BATCH)))
     losses = measured_losses(choices, "kl", model)
     searches = {kind: Search(choices, {kind: own}, None) for kind, own in losses.items()}
     search = Search(choices, dict(reversed(losses.items())), model)
@@ -68,14 +63,14 @@ def measure(name: str, source: Path, method: str, examples: int = EXAMPLES) -> d
         points |= {kind: each.allocate(target) for kind, each in searches.items()}
         points["kl"] = search.allocate(target)
         points["plan"] = (search.improve(points["kl"][0], target), points["kl"][1])
-        rows += [row(bits, kind, point, gap, evaluate) for kind, (point, gap) in points.items()]
+        rows += [row(bits, kind, point, gap, uniform, evaluate) for kind, (point, gap) in points.items()]
     return {
         "model": name,
         "method": method,
         "grain": CODECS[method],
-        "examples": examples,
-        "held_out": len(held_out),
-        "float": evaluate(None),
+        "examples": min(examples, len(parts.calibration)),
+        "held_out": len(parts.test),
+        "float": figures(evaluate(dict.fromkeys(choices.names))),
         "correlations": correlations(checkpoint, losses),
         "rows": rows,
         "seconds": time.perf_counter() - start,
@@ -87,45 +82,37 @@ def largest_bits(settings: Settings) -> int:
 
 
 def row(
-    bits: int, kind: str, point: Point, gap: float | None, evaluate: Callable[[Settings], dict[str, Any]]
+    bits: int, kind: str, point: Point, gap: float | None, uniform: Point, evaluate: Callable[[Settings], Measured]
 ) -> dict[str, Any]:
+    found = evaluate(point.settings)
+    excess, error = found.excess(evaluate(uniform.settings))
     return {
         "bits": bits,
         "kind": kind,
         "bytes": point.file_bytes,
         "gap": gap,
-        "calibration_kl": None if point.measured is None else point.measured.kl,
         "settings": {name: own.bits for name, own in point.settings.items()},
-        **evaluate(point.settings),
+        **figures(found),
+        "excess": excess,
+        "standard_error": error,
+        "calibration": None if point.measured is None else figures(point.measured),
     }
 
 
-def evaluation(source: Path, examples: Examples) -> Callable[[Settings | None], dict[str, Any]]:
-    """Make the function that measures settings, or the float model, on held-out examples."""
-    model, floats = load_float_model(str(source)), load_float_model(str(source))
-    originals = {
-        name: output_first(module, getattr(module, attribute).detach())
-        for name, (module, attribute) in select_weights(floats).items()
-    }
+def figures(measured: Measured) -> dict[str, float]:
+    return {"kl": measured.kl, "loss": measured.cross_entropy, "accuracy": measured.accuracy}
 
-    @cache
-    def encoded(name: str, settings: CodecSettings) -> Any:
-        return encode(originals[name], settings, name)
 
-    done: dict[frozenset, dict[str, Any]] = {}
+def evaluation(held_out: CalibratedModel) -> Callable[[Mapping[str, CodecSettings | None]], Measured]:
+    """Make the function that measures settings on held-out examples; None for all weights is the float model."""
+    done: dict[frozenset, Measured] = {}
 
-    def evaluate(settings: Settings | None) -> dict[str, Any]:
-        key = frozenset((settings or {}).items())
+    def evaluate(settings: Mapping[str, CodecSettings | None]) -> Measured:
+        key = frozenset(settings.items())
         if key not in done:
-            done[key] = run(settings)
+            held_out.compress(settings)
+            done[key] = held_out.measure()
         return done[key]
-
-    def run(settings: Settings | None) -> dict[str, Any]:
-        for name, (module, attribute) in select_weights(model).items():
-            weight = originals[name] if settings is None else decode(encoded(name, settings[name]))
-            getattr(module, attribute).data.copy_(output_first(module, weight))
-        figures = evaluate_classifier(model, examples.batches(BATCH), float_model=floats)
-        return {key: figures[key] for key in ("kl", "loss", "accuracy")}
 
     return evaluate
 
@@ -154,28 +141,22 @@ def ranks(values: Sequence[float]) -> np.ndarray:
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    header = ("at the bytes of", "choice", "verdict", "file bytes", "gap", "KL (nats)", "loss (nats)", "accuracy")
-    cells, uniform = [], {}
+    header = ("at the bytes of", "choice", "verdict", "file bytes", "gap", "KL (nats)", "loss (nats)", "− uniform's")
+    cells = []
     for each in rows:
-        if each["kind"] == "uniform":
-            uniform = each
-        verdict = "" if each["kind"] != "plan" else "met" if never_worse(each, uniform) else "missed"
+        verdict = "" if each["kind"] != "plan" else "met" if each["excess"] <= 0 else "missed"
         gap = "" if each["gap"] is None else f"{each['gap']:.2%}"
-        figures = (f"{each['kl']:.3g}", f"{each['loss']:.4f}", f"{each['accuracy']:.2%}")
+        excess = "" if each["excess"] == 0 else f"{each['excess']:+.4f} ± {each['standard_error']:.4f}"
+        losses = (f"{each['kl']:.3g}", f"{each['loss']:.4f}", excess, f"{each['accuracy']:.2%}")
         names = (f"{each['bits']} bits", ROW_NAMES[each["kind"]], verdict)
-        cells.append((*names, f"{each['bytes']:,}", gap, *figures))
-    return markdown_table(header, cells)
-
-
-def never_worse(plan: Mapping[str, Any], uniform: Mapping[str, Any]) -> bool:
-    """Whether the held-out KL divergence of a plan is no larger than that of uniform settings."""
-    return plan["kl"] <= uniform["kl"]
+        cells.append((*names, f"{each['bytes']:,}", gap, *losses))
+    return markdown_table((*header, "accuracy"), cells)
 
 
 def render(result: Mapping[str, Any]) -> str:
     facts = (
         "**{model}, {method}**, grain {grain}: {device}, {threads} thread(s), torch {torch}, hf_r2 {hf_r2}, "
-        "commit {commit}, {date}, {seconds:.0f} s; calibrated on {examples} training examples, measured on {held_out} "
+        "commit {commit}, {date}, {seconds:.0f} s; calibrated on {examples} examples, measured on {held_out} "
         "others. Float: loss {loss:.4f}, accuracy {accuracy:.2%}. Rank correlation with KL: {correlation}."
     )
     found = ", ".join(f"{name} {result['correlations'][name]:.3f}" for name in PROXIES)

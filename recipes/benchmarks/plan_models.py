@@ -5,8 +5,9 @@ import re
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from study.examples import Examples, digits
@@ -89,14 +90,27 @@ def train(case: Case, directory: Path, steps: int | None = None) -> None:
             logging_strategy="no",
             **case.training,
         )
-        Trainer(model=model, args=arguments, train_dataset=DATA[case.data]()[0]).train()
+        Trainer(model=model, args=arguments, train_dataset=DATA[case.data]().train).train()
     with atomic_directory(directory) as scratch:
         model.save_pretrained(scratch)
 
 
+class Parts(NamedTuple):
+    """Examples, none of them in two parts: what a model is trained on, what a plan measures, what figures are of."""
+
+    train: Examples
+    calibration: Examples
+    test: Examples
+
+
+def digits_in_parts() -> Parts:
+    """Handwritten digits, the test part that of the recipes."""
+    return Parts(*digits("validation"), digits("test")[1])
+
+
 @cache
-def sources() -> tuple[Examples, Examples]:
-    """Windows of Python's own sources, to be told apart by package; every fifth window is for the test."""
+def sources() -> Parts:
+    """Windows of Python's own sources, to be told apart by package: three fifths to train on, one for each other."""
     windows: list[tuple[list[str], int]] = []
     for label, name in enumerate(PACKAGES):
         for file in sorted(Path(importlib.import_module(name).__file__).parent.rglob("*.py")):
@@ -108,8 +122,8 @@ def sources() -> tuple[Examples, Examples]:
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0)).tolist()
     tokens = torch.tensor([[numbers.get(word, 1) for word in windows[index][0]] for index in order])
     labels = torch.tensor([windows[index][1] for index in order])
-    test = torch.arange(len(order)) % 5 == 4
-    return tuple(Examples(input_ids=tokens[part], labels=labels[part]) for part in (~test, test))
+    fifths = torch.arange(len(order)) % 5
+    return Parts(*(Examples(input_ids=tokens[p], labels=labels[p]) for p in (fifths < 3, fifths == 3, fifths == 4)))
 
 
-DATA = {"digits": partial(digits, "test"), "sources": sources}
+DATA = {"digits": digits_in_parts, "sources": sources}
