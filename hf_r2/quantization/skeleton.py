@@ -1,8 +1,12 @@
 """The structure of a checkpoint's model, without its weights."""
 
+from collections.abc import Iterable
+
 import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from hf_r2.quantization.config import QUANT_METHOD
 
@@ -54,6 +58,18 @@ def skeleton(source: str) -> PreTrainedModel:
         model = model_class(config)
     config.dtype = dtype
     return model
+
+
+def names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """Map the names of tensors in a checkpoint's files to those that loading gives them.
+
+    They differ for models whose modules were renamed since their first release (ViT in transformers 5.23). Tensors that
+    loading would also merge or split keep their names.
+    """
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    known = model.state_dict()
+    renamed = {name: rename_source_key(name, renamings, [], model.base_model_prefix, known)[0] for name in stored}
+    return {name: name if name in known else new for name, new in renamed.items()}
 
 
 def architecture_class(config: PretrainedConfig, source: str) -> type[PreTrainedModel]:

@@ -7,12 +7,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from hf_r2.codecs import Encoded, decode
 from hf_r2.codecs.encoded import blank
 from hf_r2.quantization.config import R2QuantizationConfig
-from hf_r2.quantization.skeleton import skeleton
+from hf_r2.quantization.skeleton import names_in_model, skeleton
 from hf_r2.quantization.tensor_files import DTYPES, StoredTensor, checkpoint_files, stored_tensors
 from hf_r2.report.statistics import WeightStatistics, tensor_statistics
 from hf_r2.selection import output_first, select_weights
@@ -68,7 +68,7 @@ def stored_weights(source: str) -> Iterator[StoredWeight]:
     """List the weights of a float or a compressed checkpoint, reading none.
 
     Weights are those that [`select_weights`] chooses, or that the checkpoint has compressed. Of a model that this
-    transformers does not know, or whose files name their tensors otherwise, they are all float tensors of at least two
+    transformers does not know, or whose weights it makes of several tensors, they are all float tensors of at least two
     dimensions.
 
     Args:
@@ -82,8 +82,7 @@ def stored_weights(source: str) -> Iterator[StoredWeight]:
     if quantization is not None:
         yield from _compressed(source, R2QuantizationConfig(**quantization), stored)
         return
-    for name in _names(source, stored):
-        tensor = stored[name]
+    for name, tensor in _floats(source, stored).items():
         dtype = str(DTYPES.get(tensor.dtype, tensor.dtype)).removeprefix("torch.")
         bits = 8 * tensor.nbytes / max(math.prod(tensor.shape), 1)
         yield StoredWeight(name, dtype, False, bits, tensor.read)
@@ -97,17 +96,25 @@ def _quantization(source: str) -> dict[str, object] | None:
         return None
 
 
-def _names(source: str, stored: dict[str, StoredTensor]) -> list[str]:
+def _floats(source: str, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     try:
-        names = list(select_weights(skeleton(source)))
+        model = skeleton(source)
+        names = list(select_weights(model))
     except (ValueError, OSError):
         names = []
-    if names and stored.keys() >= set(names):
-        return names
-    names = [name for name, tensor in stored.items() if len(tensor.shape) > 1 and _is_float(tensor)]
-    if not names:
+    if names:
+        found = _named_as_in(model, stored)
+        if found.keys() >= set(names):
+            return {name: found[name] for name in names}
+    matrices = {name: tensor for name, tensor in stored.items() if len(tensor.shape) > 1 and _is_float(tensor)}
+    if not matrices:
         raise ValueError(f"{source} holds no float tensor of two dimensions or more: there is nothing to inspect")
-    return names
+    return matrices
+
+
+def _named_as_in(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    names = names_in_model(model, stored)
+    return {names[name]: tensor for name, tensor in stored.items()}
 
 
 def _is_float(tensor: StoredTensor) -> bool:
@@ -116,6 +123,7 @@ def _is_float(tensor: StoredTensor) -> bool:
 
 def _compressed(source: str, config: R2QuantizationConfig, stored: dict[str, StoredTensor]) -> Iterator[StoredWeight]:
     model = skeleton(source)
+    stored = _named_as_in(model, stored)
     dtype = getattr(torch, str(model.config.dtype).removeprefix("torch."))
     for name, (module, attribute) in select_weights(model, config.include, config.skip, config.min_numel).items():
         encoded = blank(output_first(module, getattr(module, attribute)).shape, dtype, config.settings_for(name))

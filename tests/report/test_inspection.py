@@ -1,6 +1,7 @@
 """Statistics from the files alone: those of the model in memory, for float and for compressed checkpoints."""
 
 import json
+from shutil import copytree
 
 import matplotlib.image
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
@@ -16,7 +18,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from hf_r2 import R2QuantizationConfig, weight_statistics
+from hf_r2 import R2QuantizationConfig, R2Quantizer, weight_statistics
 from hf_r2.cli import app
 from hf_r2.report.inspection import inspect_checkpoint
 from hf_r2.selection import select_weights
@@ -68,13 +70,31 @@ def test_no_weight_is_loaded_by_transformers(floats, compressed, monkeypatch):
     assert len(list(inspect_checkpoint(str(compressed)))) == 6
 
 
-def test_files_that_name_their_tensors_otherwise_are_inspected_by_those_names(tmp_path):
+@pytest.fixture(scope="module")
+def renamed(tmp_path_factory):
+    """A model that transformers saves under other names than its own; float, compressed, and the float model."""
+    torch.manual_seed(0)
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     model = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4))
-    model.save_pretrained(tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
-    expected = sorted(name for name, tensor in stored.items() if tensor.dim() > 1)
-    assert not set(select_weights(model)) <= stored.keys()
+    path = tmp_path_factory.mktemp("renamed") / "float"
+    model.save_pretrained(path)
+    R2Quantizer.from_pretrained(path).quantize(path.with_name("compressed"), R2QuantizationConfig(bits=4))
+    assert not set(select_weights(model)) <= load_file(path / "model.safetensors").keys()
+    return path, path.with_name("compressed"), model
+
+
+def test_weights_have_the_names_of_the_model_where_files_name_them_otherwise(renamed):
+    floats, compressed, model = renamed
+    assert [weight.statistics for weight in inspect_checkpoint(str(floats))] == weight_statistics(model)
+    decoded = AutoModelForImageClassification.from_pretrained(compressed)
+    assert [weight.statistics for weight in inspect_checkpoint(str(compressed))] == weight_statistics(decoded)
+
+
+def test_files_without_the_weights_of_the_model_are_inspected_by_their_own_names(renamed, tmp_path):
+    stored = load_file(renamed[0] / "model.safetensors")
+    copytree(renamed[0], tmp_path, dirs_exist_ok=True)
+    save_file({f"other.{name}": tensor for name, tensor in stored.items()}, tmp_path / "model.safetensors")
+    expected = sorted(f"other.{name}" for name, tensor in stored.items() if tensor.dim() > 1)
     assert sorted(weight.statistics.name for weight in inspect_checkpoint(str(tmp_path))) == expected
 
 
