@@ -1,9 +1,13 @@
 """compressed-tensors, format `pack-quantized`: a checkpoint that transformers loads without hf_r2.
 
 What the format can say is uniform weights of Linear layers, of 2–8 bits, with a scale for the tensor, for each output
-channel or for each run of inputs that divides a channel: all grids but midrise, and affine ones of a whole tensor
-(transformers 5.23 with compressed-tensors 0.20 does not load the packed zero points of channels and groups). All other
-weights are stored as decoded floats. The codes of a row are packed into 32-bit words, padded to a whole word.
+channel or for each run of inputs that divides a channel, on all grids but midrise. All other weights are stored as
+decoded floats. The codes of a row are packed into 32-bit words, padded to a whole word, and so are the zero points of a
+column of channels.
+
+transformers 5.23 loads packed zero points (affine channels and groups) only where it decodes all weights while loading,
+which `"dequantize"` in the config asks for, and then by one scheme for all of them. Beside weights of other schemes
+affine channels and groups are stored as floats.
 """
 
 from pathlib import Path
@@ -33,10 +37,16 @@ def write(model: PreTrainedModel, source: str, directory: Path) -> None:
     """
     encoded = dict(model.hf_quantizer.encoded)
     packed = {name: weight for name, weight in encoded.items() if _is_expressible(model, name, weight)}
+    schemes = {name: _scheme(weight) for name, weight in packed.items()}
+    dequantize = any(map(_has_packed_zeros, packed.values()))
+    if dequantize and any(scheme != next(iter(schemes.values())) for scheme in schemes.values()):
+        packed = {name: weight for name, weight in packed.items() if not _has_packed_zeros(weight)}
+        dequantize = False
     if not packed:
         raise ValueError(
             f"compressed-tensors has no way to store the weights of {source}: it takes uniform ones of Linear layers, "
-            "not midrise, affine only with grain 'tensor', and groups that divide the inputs. Export to onnx instead"
+            "not midrise, with groups that divide the inputs, affine channels and groups only if all weights have the "
+            "same bits and grain. Export to onnx instead"
         )
     if len(packed) < len(encoded):
         left = [name for name in encoded if name not in packed]
@@ -50,14 +60,15 @@ def write(model: PreTrainedModel, source: str, directory: Path) -> None:
     for name, weight in packed.items():
         layer = name.removesuffix(".weight")
         state.update({f"{name}_{key}": tensor for key, tensor in _tensors(weight).items()})
-        scheme = _scheme(weight)
-        groups.setdefault(str(scheme), {"weights": scheme, "targets": []})["targets"].append(layer)
+        group = {"weights": schemes[name], "targets": []}
+        groups.setdefault(str(schemes[name]), group)["targets"].append(layer)
     model.config.quantization_config = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {f"group_{index}": group for index, group in enumerate(groups.values())},
         "ignore": [],
+        **({"dequantize": True} if dequantize else {}),
     }
     model.save_pretrained(directory, state_dict=state)
 
@@ -69,9 +80,15 @@ def _is_expressible(model: PreTrainedModel, name: str, encoded: Encoded) -> bool
         return False
     if not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear):
         return False
-    if settings.grain == "tensor":
+    if isinstance(settings.grain, str):
         return True
-    return settings.symmetric and (settings.grain == "channel" or encoded.shape[1] % settings.grain == 0)
+    # compressed-tensors 0.20 fails to unpack 4-bit zero points of several groups that fill one word
+    one_word = not settings.symmetric and encoded.bits == 4 and encoded.shape[0] <= 8
+    return encoded.shape[1] % settings.grain == 0 and not one_word
+
+
+def _has_packed_zeros(encoded: Encoded) -> bool:
+    return not encoded.settings.symmetric and encoded.grain != "tensor"
 
 
 def _scheme(encoded: Encoded) -> dict[str, Any]:
@@ -95,5 +112,7 @@ def _tensors(encoded: Encoded) -> dict[str, Tensor]:
         "shape": torch.tensor(encoded.shape),
     }
     if not encoded.settings.symmetric:
-        tensors["zero_point"] = (block.offset.flatten().short() - half).to(torch.int8)
+        zeros = (block.offset.view(rows, -1).short() - half).to(torch.int8)
+        packed = _has_packed_zeros(encoded)
+        tensors["zero_point"] = pack_to_int32(zeros, encoded.bits, packed_dim=0) if packed else zeros.flatten()
     return tensors

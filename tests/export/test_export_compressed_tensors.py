@@ -38,6 +38,10 @@ SETTINGS = {
     "full_3_tensor": ("bert", {"bits": 3, "grain": "tensor", "grid": "full"}),
     "full_8": ("bert", {"bits": 8, "grid": "full"}),
     "affine_5_tensor": ("bert", {"bits": 5, "grain": "tensor", "symmetric": False}),
+    "affine_2_groups": ("llama", {"bits": 2, "grain": 4, "symmetric": False}),
+    "affine_4_channels": ("bert", {"bits": 4, "symmetric": False}),
+    "affine_4_groups": ("bert", {"bits": 4, "grain": 4, "symmetric": False, "skip": ["*query*"]}),
+    "affine_8_channels": ("llama", {"bits": 8, "symmetric": False}),
     "several": ("bert", {"bits": 4, "overrides": {"*intermediate*": {"bits": 7, "grain": 8}, "*query*": {"bits": 2}}}),
     "lacking": ("bert", {"bits": 4, "include": ["*"], "overrides": LACKING}),
 }
@@ -76,6 +80,24 @@ def test_codes_are_packed(exported, compressed_checkpoint):
         assert tensors[f"{name}_packed"].shape == (rows, -(-columns * 2 // 32))
     config = json.loads((exported / "restricted_2" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert (config["quant_method"], config["format"]) == ("compressed-tensors", "pack-quantized")
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "groups"), [("affine_4_channels", 2, 1), ("affine_4_groups", 2, 2), ("affine_8_channels", 4, 1)]
+)
+def test_zero_points_are_packed_by_columns(name, rows, groups, exported):
+    """16 zero points of 4 bits fill two words, of 8 bits four."""
+    tensors = load_file(exported / name / "model.safetensors")
+    layers = ("intermediate.dense", "up_proj")
+    (zeros,) = (tensors[key] for key in tensors if key.endswith(tuple(f"{x}.weight_zero_point" for x in layers)))
+    assert zeros.dtype == torch.int32
+    assert zeros.shape == (rows, groups)
+
+
+def test_affine_channels_beside_other_schemes_stay_float(exported):
+    config = json.loads((exported / "lacking" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    assert "dequantize" not in config
+    assert all(group["weights"]["symmetric"] for group in config["config_groups"].values())
 
 
 def test_what_the_format_lacks_stays_float(exported):
