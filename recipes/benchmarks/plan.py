@@ -33,7 +33,7 @@ from hf_r2.report.tables import markdown_table
 BEGIN, END = "<!-- plan -->", "<!-- end of plan -->"
 CODECS = {"palette": "tensor", "uniform": "channel"}
 BITS = (2, 3, 4)
-EXAMPLES, BATCH = 512, 64
+EXAMPLES, BATCH = 256, 64
 PROXIES = ("SQNR", "noise", "SQNR × elements", "Fisher")
 ROW_NAMES = {
     "uniform": "uniform",
