@@ -179,15 +179,17 @@ def plan(
         str | None, typer.Option(help="sqnr (without data), fisher or kl (default with --data).")
     ] = None,
     data: DataOption = None,
-    split: SplitOption = "train",
+    split: SplitOption = "validation",
     inputs: InputOption = None,
     label: LabelOption = "label",
     examples: Annotated[int, typer.Option(help="Examples of the data, at most.")] = 256,
 ) -> None:
     """Choose the bits of every weight for a size or a recovery, and write them as a config for `quantize`.
 
-    With --data, losses are KL divergences from the float model, and the plan is measured. Take data that the model was
-    not trained on for --min-recovery.
+    With --data, losses are KL divergences from the float model. The plan is measured, and is the same bits for all
+    weights unless another one is better by two standard errors: by cross-entropy, or without labels by divergence. Take
+    examples that the model was not trained on, and others to report figures of: a split, or validation_from_train if
+    that was held out.
 
     Example: hf-r2 plan me/model --target-size 4MB --output plan.yaml && hf-r2 quantize me/model out --config plan.yaml
 

@@ -11,9 +11,12 @@ run = CliRunner().invoke
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cli") / "toy"
-    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3)
-    ResNetForImageClassification(config).save_pretrained(path)
+    return save(tmp_path_factory.mktemp("cli") / "toy", num_labels=3)
+
+
+def save(path, num_labels):
+    sizes = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic"}
+    ResNetForImageClassification(ResNetConfig(**sizes, num_labels=num_labels)).save_pretrained(path)
     return path
 
 
@@ -82,12 +85,15 @@ def test_plan_writes_what_quantize_reads(checkpoint, tmp_path):
     assert len(bits) > 1
 
 
-def test_plan_measures_on_data(checkpoint, tmp_path):
+def test_plan_measures_on_data(tmp_path):
+    checkpoint = save(tmp_path / "digits", num_labels=10)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(checkpoint)
-    options = ["--data", "digits", "--examples", "64", "--method", "uniform", "--target-bits", "5"]
+    options = ["--data", "digits", "--split", "validation_from_train", "--examples", "64"]
+    options += ["--method", "uniform", "--target-bits", "5"]
     result = run(app, ["plan", str(checkpoint), *options, "--output", str(tmp_path / "plan.yaml")])
     assert result.exit_code == 0, result.output
     assert "measured KL" in result.stdout
+    assert "cross-entropy" in result.stdout
     assert "recovery" in (tmp_path / "plan.yaml").read_text(encoding="utf-8")
 
 
@@ -104,6 +110,10 @@ def test_plan_measures_on_data(checkpoint, tmp_path):
         (["plan", "{model}", "--output", "{out}.yaml", "--target-size", "big"], "write 4MB"),
         (["plan", "{model}", "--output", "{out}.yaml", "--target-size", "1kB"], "cannot be planned"),
         (["plan", "{model}", "--output", "{out}.yaml", "--min-recovery", "0.9"], "give labelled data"),
+        (
+            ["plan", "{model}", "--output", "{out}.yaml", "--target-bits", "5", "--data", "digits"],
+            "no split 'validation'; it has ['train', 'test'] and validation_from_train",
+        ),
         (["quantize", "{model}", "{out}", "--bits", "1"], "bits=1"),
         (["quantize", "{model}", "{out}", "--cluster-dim", "2"], "'cluster_dim' is an option of method 'palette'"),
         (["quantize", "{model}", "{out}", "--method", "least_squares", "--basis", "ternary"], "set bits=2"),

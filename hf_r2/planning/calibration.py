@@ -65,7 +65,7 @@ class CalibratedModel:
             with `labels`, class indices of rows, if recovery is to be measured.
 
     Raises:
-        ValueError: if there are no batches, or the model has no logits.
+        ValueError: if there are no batches, the model has no logits, or labels are none of its classes.
     """
 
     def __init__(self, source: str, checkpoint: FloatCheckpoint, batches: Iterable[Mapping[str, Tensor]]) -> None:
@@ -85,6 +85,8 @@ class CalibratedModel:
             raise ValueError("the calibration data is empty")
         self._reference = [self._log_probabilities(batch) for batch in self._batches]
         self._classified = all(map(_are_classes, self._labels, self._reference))
+        if self._classified:
+            _require_known(torch.cat(self._labels), self._reference[0].shape[-1])
         self._float_accuracy = _accuracy(map(_right, self._reference, self._labels)) if self._classified else None
 
     @property
@@ -157,6 +159,14 @@ class CalibratedModel:
 def _are_classes(labels: Tensor | None, logits: Tensor) -> bool:
     """Whether labels are the classes of rows; those of tokens are not."""
     return labels is not None and logits.dim() == 2 and labels.shape == logits.shape[:-1]
+
+
+def _require_known(labels: Tensor, classes: int) -> None:
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"the model has the classes 0 to {classes - 1}, the labels are {labels.min()} to {labels.max()}: take data "
+            "that it was trained for, or leave labels out"
+        )
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:

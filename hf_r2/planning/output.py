@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from hf_r2.files import atomic_write
+from hf_r2.planning.calibration import STANDARD_ERRORS
 from hf_r2.planning.plan import Plan
 from hf_r2.planning.search import Point
 from hf_r2.report.plots import SizedLoss, size_against_loss
@@ -67,6 +68,10 @@ def summary(plan: Plan) -> list[str]:
     if plan.best_uniform is not None:
         size = f"{plan.best_uniform.file_bytes:,} bytes"
         lines.append(f"best uniform settings: {label(plan.best_uniform)}, {size}, {_losses(plan.best_uniform)}")
+        if plan.point.measured is not None and plan.point.settings == plan.best_uniform.settings:
+            lines.append(
+                f"they are the plan: on these examples nothing else was better by {STANDARD_ERRORS} standard errors"
+            )
     return lines
 
 
@@ -113,5 +118,7 @@ def _losses(point: Point) -> str:
     text = f"predicted loss {point.predicted:.4g}"
     if point.measured is not None:
         text += f", measured KL {point.measured.kl:.4g} nats"
+        entropy = point.measured.cross_entropy
+        text += "" if entropy is None else f", cross-entropy {entropy:.4g} nats"
         text += "" if point.measured.recovery is None else f", recovery {point.measured.recovery:.2%}"
     return text

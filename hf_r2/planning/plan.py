@@ -78,8 +78,9 @@ def plan_checkpoint(
     """Choose codec and bits of every weight of a float checkpoint.
 
     Without data, memory follows the largest weight. With data, the allocation is measured beside the uniform settings
-    that fit the target and allocations by cheaper sensitivities, and improved by [`Search.improve`]. What measures best
-    is the plan: on the calibration data it is never worse than uniform settings.
+    that fit the target and allocations by cheaper sensitivities, and improved by [`Search.improve`]. It takes the place
+    of uniform settings only where it is better than these by two standard errors, and where its divergence from the
+    float model is smaller.
 
     Args:
         source: directory or Hub name.
@@ -88,7 +89,8 @@ def plan_checkpoint(
         target_bytes: bytes of the weight files, headers and what is not compressed included.
         target_bits: bits per compressed weight, codebooks included.
         min_recovery: least share of the float model's accuracy on the data, over 0 and up to 1, see [`Search.reach`].
-        batches: keyword arguments of the model with `labels`, see [`CalibratedModel`].
+        batches: keyword arguments of the model with `labels`, see [`CalibratedModel`]; of examples that the model was
+            not trained on, which tell more about it, and that no figures are reported of.
         sensitivity: see `hf_r2.planning.sensitivity`; by default `"kl"` with data and `"sqnr"` without.
         include: see `select_weights`.
         skip: patterns of weights that stay as they are.

@@ -3,6 +3,7 @@
 import itertools
 import math
 import weakref
+from statistics import stdev
 
 import pytest
 import torch
@@ -142,6 +143,78 @@ def test_improving_starts_from_uniform_settings_if_they_measure_better(resnet, m
     assert plan.point.settings == plan.best_uniform.settings
     assert {own.bits for own in plan.allocated.settings.values()} == {2}
     assert plan.point.measured.kl < plan.allocated.measured.kl
+
+
+def differing(differences, kl):
+    """Figures of a point whose losses are 1 and these differences from it."""
+    return Measured(kl, 1 + torch.tensor(differences, dtype=torch.float64), 0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("differences", "better"),
+    [
+        ([-1.0, -1.1, -0.9, -1.0], True),
+        ([1.0, 1.1, 0.9, 1.0], False),
+        ([0.0] * 4, False),
+        ([-1.0], False),  # one example shows nothing
+        ([-100.0, *[0.0] * 99], False),  # nor does one of many: its mean is one standard error
+        ([*[-1.0] * 5, *[0.0] * 95], True),
+        ([*[-1.0] * 5, *[1.0] * 5, *[0.0] * 90], False),
+    ],
+    ids=str,
+)
+def test_a_loss_is_surely_lower_if_many_examples_say_so(differences, better):
+    uniform = differing([0.0] * len(differences), 0.2)
+    found = differing(differences, 0.1)
+    assert found.surely_better(uniform) is better
+    mean, error = found.excess(uniform)
+    assert mean == pytest.approx(sum(differences) / len(differences))
+    if len(differences) > 1:
+        assert error == pytest.approx(stdev(differences) / math.sqrt(len(differences)))
+
+
+@pytest.mark.parametrize(
+    ("differences", "kl", "kept"),
+    [
+        ([-0.1, -0.2, -0.1, -0.2], 0.1, False),
+        ([-0.1, 0.2, -0.3, 0.1], 0.1, True),  # the labels do not tell
+        ([0.1, 0.2, 0.1, 0.2], 0.1, True),
+        ([-0.1, -0.2, -0.1, -0.2], 0.3, True),  # further from the float model
+    ],
+    ids=str,
+)
+def test_a_plan_replaces_uniform_settings_only_if_it_is_surely_better(differences, kl, kept, resnet, monkeypatch):
+    """All points but uniform ones measure as given."""
+
+    def measure(model):
+        uniform = len(set(model._settings.values())) == 1
+        return differing([0.0] * 4, 0.2) if uniform else differing(differences, kl)
+
+    monkeypatch.setattr(CalibratedModel, "measure", measure)
+    plan = plan_checkpoint(resnet, **UNIFORM, batches=images())
+    assert (plan.point.settings == plan.best_uniform.settings) is kept
+    assert any("they are the plan" in line for line in summary(plan)) is kept
+
+
+def test_without_labels_the_divergence_decides(resnet):
+    unlabelled, labelled = (
+        CalibratedModel(resnet, FloatCheckpoint(resnet, None, None), images(labelled=own)) for own in (False, True)
+    )
+    settings = dict.fromkeys(unlabelled._places, CodecSettings("uniform", 3, "channel"))
+    for model in (unlabelled, labelled):
+        model.compress(settings)
+    assert unlabelled.measure().losses.mean().item() == pytest.approx(unlabelled.measure().kl)
+    assert unlabelled.measure().cross_entropy is None
+    assert labelled.measure().kl == pytest.approx(unlabelled.measure().kl)
+    assert labelled.measure().cross_entropy > 2 * labelled.measure().kl
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_of_other_classes_are_refused(label, resnet):
+    (batch, *_) = images()
+    batch["labels"][0] = label
+    with pytest.raises(ValueError, match="the model has the classes 0 to 2, the labels are"):
+        plan_checkpoint(resnet, **UNIFORM, batches=[batch])
 
 
 def test_rounds_lower_the_measured_divergence(resnet, monkeypatch):
