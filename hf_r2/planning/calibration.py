@@ -62,7 +62,7 @@ class CalibratedModel:
         source: directory or Hub name of the float checkpoint.
         checkpoint: the same, for its float weights.
         batches: keyword arguments of the model, whose output has logits `(…, classes)`, which are kept for all of them;
-            with `labels`, class indices of rows, if recovery is to be measured.
+            with `labels`, class indices of rows, if cross-entropy and recovery are to be measured.
 
     Raises:
         ValueError: if there are no batches, the model has no logits, or labels are none of its classes.
@@ -157,8 +157,10 @@ class CalibratedModel:
 
 
 def _are_classes(labels: Tensor | None, logits: Tensor) -> bool:
-    """Whether labels are the classes of rows; those of tokens are not."""
-    return labels is not None and logits.dim() == 2 and labels.shape == logits.shape[:-1]
+    """Whether labels are the classes of rows; those of tokens are not, nor are the targets of a regression."""
+    if labels is None or labels.is_floating_point():
+        return False
+    return logits.dim() == 2 and labels.shape == logits.shape[:-1]
 
 
 def _require_known(labels: Tensor, classes: int) -> None:
