@@ -68,9 +68,9 @@ def _measure(compiled: bool, weight: LocalWeight, temperatures: Tensor) -> Routi
         add = _kernel(_add_gradient, compiled)
         coefficients = torch.cat([end.coefficients(rates) for end in (high, low)], dim=1)
         coefficients = (coefficients * weight.per_group(scale)[:, None]).to(size.dtype)
-        of_blocks = map(weight.split, (rates, bounds, coefficients))
-        for block, grad, rate, bound, c in zip(weight.blocks(), grads, *of_blocks, strict=True):
-            once = _once(rate, bound)
+        of_blocks = map(weight.split, (rates, bounds, coefficients, _once(rates, bounds)))
+        for block, grad, rate, bound, c, once in zip(weight.blocks(), grads, *of_blocks, strict=True):
+            once = bool(once.all())
             for band, (piece, target) in _walk(compiled, block, grad):
                 add(target, piece, rate[band, None], bound[band], c[band], once)
 
@@ -125,26 +125,43 @@ def _soft_ends(
 ) -> Routine[tuple[_SoftEnd, _SoftEnd]]:
     kernel = _kernel(_exponential_sums, compiled)
     sums = torch.zeros(len(rates), 6, dtype=torch.float64, device=rates.device)
-    of_blocks = map(weight.split, (rates, bounds, sums))
-    for block, rate, bound, total in zip(weight.blocks(), *of_blocks, strict=True):
-        once = _once(rate, bound)
+    of_blocks = map(weight.split, (rates, bounds, sums, _once(rates, bounds)))
+    for block, rate, bound, total, once in zip(weight.blocks(), *of_blocks, strict=True):
+        once = bool(once.all())
         for band, (piece,) in _walk(compiled, block):
             total[band] += kernel(piece, rate[band, None], bound[band], once)
     sums = yield from weight.total(sums)
     return _SoftEnd.of(sums[:, :3]), _SoftEnd.of(sums[:, 3:])
 
 
-def _once(rate: Tensor, bound: Tensor) -> bool:
-    """Tell whether one exponential serves both ends: neither it nor its reciprocal leaves float32."""
-    return rate.is_cpu and bool((rate * (bound[:, 0] - bound[:, 1]) < 80).all())
+def _once(rates: Tensor, bounds: Tensor) -> Tensor:
+    """Tell for which groups one exponential serves both ends: neither it nor its reciprocal leaves float32."""
+    if not rates.is_cpu:  # where the host would have to wait to learn it
+        return torch.zeros(len(rates), dtype=torch.bool)
+    return rates * (bounds[:, 0] - bounds[:, 1]) < 80
 
 
 def _exponentials(piece: Tensor, rate: Tensor, bound: Tensor, once: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Distances from the high and the low end, and their exponentials."""
     high, low = bound[:, :1] - piece, piece - bound[:, 1:]
-    e_high = torch.exp(high * -rate)
-    e_low = torch.exp((bound[:, :1] - bound[:, 1:]) * -rate) / e_high if once else torch.exp(low * -rate)
+    e_high = _exp(high * -rate)
+    e_low = torch.exp((bound[:, :1] - bound[:, 1:]) * -rate) / e_high if once else _exp(low * -rate)
     return high, low, e_high, e_low
+
+
+def _exp(exponents: Tensor) -> Tensor:
+    """Exponentials of numbers ≤ 0; in a fused pass on a CPU at half the time, and those below 1e-38 are 1e-38.
+
+    `2^(k + f)`, with k whole and |f| ≤ 1/2: a polynomial fitted to 2^f, to 2e-7 of it, times 2^k by its bits.
+    """
+    if not (torch.compiler.is_compiling() and exponents.is_cpu and exponents.dtype == torch.float32):
+        return exponents.exp()
+    binary = (exponents * 1.4426950408889634).clamp_min(-126)
+    k = binary.round()
+    f = binary - k
+    square = f * f
+    upper = 0.05550742616 * f + 0.24022121754 + square * (0.00132669704 * f + 0.00967545975)
+    return (0.69314694916 * f + 1.00000007103 + square * upper) * ((k.int() + 127) << 23).view(torch.float32)
 
 
 def _exponential_sums(piece: Tensor, rate: Tensor, bound: Tensor, once: bool) -> Tensor:

@@ -216,13 +216,14 @@ def test_a_compiled_model_changes_nothing_and_leaves_the_range_loss_out(train, m
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grain", ["tensor", "channel", 100])
-def test_compiled_soft_min_max_equals_the_eager_one(grain):
+@pytest.mark.parametrize("temperature", [None, 100.0])  # one exponential serves both ends; each needs its own
+def test_compiled_soft_min_max_equals_the_eager_one(grain, temperature):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(257, 300), nn.Conv2d(32, 64, 3), nn.Linear(64, 300))
     found = []
     for compiled in (False, True):
         model.zero_grad()
-        loss = RangeLoss(model, "soft_min_max", grain)
+        loss = RangeLoss(model, "soft_min_max", grain, temperature=temperature)
         if compiled:
             loss.compile()
         value = loss.measure(0.5)
