@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import plan
 import pytest
+import results
 import uniform
 
 STUDY = Path(__file__).parent.parent.parent / "recipes" / "study"
@@ -16,13 +16,13 @@ FILE = STUDY / "uniform.yaml"
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     """The published study without results."""
-    monkeypatch.setattr(plan, "RESULTS", tmp_path)
-    return plan.load_study(FILE)
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    return results.load_study(FILE)
 
 
 def finish(study, cells, score=lambda spec: 0.5):
     for spec in cells:
-        plan.save_result(study, spec, {"float": 0.9, "accuracy": score(spec), "accuracy_bn": 0.8})
+        results.save_result(study, spec, {"float": 0.9, "accuracy": score(spec), "accuracy_bn": 0.8})
 
 
 @pytest.mark.parametrize("method", ["plain", "DFQ", "error-compensated"])
@@ -30,7 +30,7 @@ def test_a_cell_after_training_measures_everything(study, method):
     study["start_training"] |= {"max_steps": 2, "warmup_steps": 0}
     spec = uniform.post_training_cell(study, "R2 prox", 0, 4, method)
     assert uniform.run_start((study, [spec])) == 1
-    result = plan.load_result(study, spec)
+    result = results.load_result(study, spec)
     assert set(result) == {"float", "accuracy", "accuracy_bn"}
     assert all(0 <= figure <= 1 for figure in result.values())
 
@@ -40,7 +40,7 @@ def test_a_cell_in_training_measures_everything(study):
     study["trained"]["training"] |= {"max_steps": 2}
     spec = uniform.trained_cell(study, "baseline", 1, 2, "LSQ", 0.01, "validation")
     uniform.run_start((study, [spec]))
-    assert set(plan.load_result(study, spec)) == {"float", "accuracy", "accuracy_bn"}
+    assert set(results.load_result(study, spec)) == {"float", "accuracy", "accuracy_bn"}
 
 
 def test_the_best_learning_rate_is_chosen_and_then_run_on_the_test_split(study):
@@ -83,10 +83,10 @@ def test_published_tables_are_those_of_the_results():
 
 
 def test_published_results_are_cells_of_the_study():
-    study = plan.load_study(FILE)
+    study = results.load_study(FILE)
     trials = [spec for row in uniform.trained_rows(study) for spec in uniform.trials(study, *row)]
-    expected = {plan.result_path(study, spec).name for spec in (*trials, *uniform.tests(study))}
-    folder = plan.RESULTS / study["name"]
+    expected = {results.result_path(study, spec).name for spec in (*trials, *uniform.tests(study))}
+    folder = results.RESULTS / study["name"]
     assert {path.name for path in folder.iterdir()} == expected
     for path in folder.iterdir():
-        assert plan.result_path(study, json.loads(path.read_text(encoding="utf-8"))["cell"]).name == path.name
+        assert results.result_path(study, json.loads(path.read_text(encoding="utf-8"))["cell"]).name == path.name
