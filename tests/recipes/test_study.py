@@ -217,7 +217,7 @@ def test_every_row_is_rendered_with_all_its_runs(finished):
     assert text.count("| 3.00 ± 1.00 ") == len(finished.rows) + norms
     assert text.count("50.0 ± 0.0 ") == norms * len(render.COLUMNS) + len(finished.rows) + norms
     assert text.count("20.0 ± 10.0 ") == len(finished.rows) * len(render.COLUMNS)
-    assert text.count("[prox](results/evidence/text-gpt2/adamw/prox)") == 1
+    assert text.count("[clip](results/evidence/text-gpt2/adamw/clip)") == 1
 
 
 def test_every_method_is_compared(finished):
