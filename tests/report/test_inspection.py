@@ -79,7 +79,8 @@ def renamed(tmp_path_factory):
     path = tmp_path_factory.mktemp("renamed") / "float"
     model.save_pretrained(path)
     R2Quantizer.from_pretrained(path).quantize(path.with_name("compressed"), R2QuantizationConfig(bits=4))
-    assert not set(select_weights(model)) <= load_file(path / "model.safetensors").keys()
+    if set(select_weights(model)) <= load_file(path / "model.safetensors").keys():
+        pytest.skip("this transformers names the weights of a ViT as it does in files")
     return path, path.with_name("compressed"), model
 
 
