@@ -144,7 +144,14 @@ def words(measured: Measured, template: str, prefix: str = "") -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    names = {"figure": figure, "crest": crest, "headline": headline(measured, prefix)}
+    def correlation(task: str, optimizer: str, compression: str) -> str:
+        return f"{measured.crest_correlation(task, optimizer, compression):+.2f}"
+
+    def choice(task: str, optimizer: str, restriction: str) -> str:
+        return measured.choice(Row(task, optimizer, restriction))
+
+    names = {"figure": figure, "crest": crest, "correlation": correlation, "choice": choice}
+    names |= {"headline": headline(measured, prefix)}
     return environment.get_template(template).render(**names).strip()
 
 
