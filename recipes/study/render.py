@@ -144,6 +144,7 @@ def words(measured: Measured, template: str, prefix: str = "") -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+
     def correlation(task: str, optimizer: str, compression: str) -> str:
         return f"{measured.crest_correlation(task, optimizer, compression):+.2f}"
 
