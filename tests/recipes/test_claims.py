@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-FIGURE = re.compile(r"\d+(?:\.\d+)?\s?(?:%|×|points?\b|nats\b)")
+FIGURE = re.compile(r"\d+(?:\.\d+)?\s?(?:%|×|± ?\d|points?\b|nats\b)")
 RENDERED = re.compile(r"<!-- (?P<name>[^:>]+): rendered by .*?-->.*?<!-- end of (?P=name) -->", re.DOTALL)
 CODE = re.compile(r"```.*?```|`[^`]*`|^    .*$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[([^\]]*)\]\(([^)]*)\)")
