@@ -6,7 +6,7 @@ import time
 from compressions import compressed
 from examples import DATA, accuracy, bigram_accuracy
 from float_models import load_start
-from results import Cell
+from results import Cell, start_of
 from torch import nn
 from transformers import set_seed
 
@@ -46,5 +46,4 @@ def measure_compressed(model: nn.Module, spec: Cell) -> dict[str, float]:
 
 def run_cell(spec: Cell) -> dict[str, float]:
     """Run a cell that `plan` specifies."""
-    start = {key: value for key, value in spec.items() if key != "compression"}
-    return (measure_compressed if spec["compression"] else measure_float)(load_start(start), spec)
+    return (measure_compressed if spec["compression"] else measure_float)(load_start(start_of(spec)), spec)

@@ -2,8 +2,8 @@
 
 from functools import cached_property
 
-from plan import Row, candidates, chosen, compressions, rows, seeds_of, trials
-from results import Study, folder_of, load_result
+from plan import Row, candidates, cell, chosen, compressions, rows, starts, trials
+from results import Cell, Study, folder_of, load_result
 from scipy.stats import spearmanr
 
 Run = dict[str, float]
@@ -21,12 +21,18 @@ class Measured:
 
     def __init__(self, study: Study) -> None:
         self.study = study
+        self._starts: dict[Row, list[Cell]] = {}
         self._runs: dict[tuple[Row, str], list[Run]] = {}
 
     @cached_property
     def rows(self) -> list[Row]:
         """All rows in the order of the file."""
         return rows(self.study)
+
+    @cached_property
+    def pairs(self) -> list[tuple[str, str]]:
+        """List all tasks and optimizers in the order of the file."""
+        return list(dict.fromkeys((row.task, row.optimizer) for row in self.rows))
 
     def rows_of(self, task: str, optimizer: str) -> list[Row]:
         """List the rows of a task and an optimizer."""
@@ -36,18 +42,26 @@ class Measured:
         """List the names of what compresses the models of a row."""
         return compressions(self.study, row)
 
+    def starts(self, row: Row) -> list[Cell]:
+        """List the float models of a row, one per seed."""
+        if row not in self._starts:
+            self._starts[row] = starts(self.study, row)
+        return self._starts[row]
+
     def runs(self, row: Row, compression: str) -> list[Run]:
         """Return the results of a row and a compression, one per seed."""
         if (row, compression) not in self._runs:
-            found = [load_result(self.study, spec) for spec in seeds_of(self.study, row, compression)]
+            cells = [cell(self.study, row, start, compression) for start in self.starts(row)]
+            found = [load_result(self.study, spec) for spec in cells]
             if not found or None in found:
                 raise SystemExit(f"{row}, {compression}: not all seeds are there. Run recipes/study/run.py")
             self._runs[row, compression] = found
         return self._runs[row, compression]
 
-    def figures(self, row: Row, compression: str, key: str = "accuracy", best: bool = False) -> list[float]:
+    def figures(self, row: Row, compression: str, best: bool = False) -> list[float]:
         """Return accuracies in %, one per seed; with `best`, with batch norm re-estimated where there is any."""
-        return [100 * run[f"{key}_bn" if best and f"{key}_bn" in run else key] for run in self.runs(row, compression)]
+        key = "accuracy_bn" if best else "accuracy"
+        return [100 * run.get(key, run["accuracy"]) for run in self.runs(row, compression)]
 
     def recoveries(self, row: Row, compression: str, best: bool = False) -> list[float]:
         """Return compressed accuracy over that of the same float model in %, one per seed."""
@@ -70,7 +84,7 @@ class Measured:
 
     def folder(self, row: Row) -> str:
         """Return the folder of a row's cells among the results."""
-        return folder_of(self.study, seeds_of(self.study, row, "float")[0]).as_posix()
+        return folder_of(self.study, self.starts(row)[0]).as_posix()
 
     def crest_correlation(self, task: str, optimizer: str, compression: str, best: bool = False) -> float:
         """Correlate crest factors of float models with recoveries, by ranks over all restrictions and seeds."""

@@ -1,5 +1,6 @@
 """The pictures of the study: accuracy by bits, recovery by crest factor, accuracy by size."""
 
+from collections.abc import Callable
 from statistics import mean, stdev
 
 from evidence import Measured
@@ -14,54 +15,48 @@ SHOWN = {"none": "0.5", "weight decay": "tab:brown", "clip": "tab:orange"}
 MARKERS = "os^vDPX*<>ph"
 
 
-def panels(measured: Measured, height: float = 3.2) -> tuple[Figure, dict[tuple[str, str], Axes]]:
-    """Make one panel per task and optimizer, in two rows."""
-    pairs = list(dict.fromkeys((row.task, row.optimizer) for row in measured.rows))
-    columns = (len(pairs) + 1) // 2
-    figure = Figure(figsize=(3.6 * columns, 2 * height + 0.6), layout="constrained")
+def panels(measured: Measured, draw: Callable[[Axes, Row, dict[str, str]], None]) -> Figure:
+    """Make one panel per task and optimizer, in two rows, and draw each row of the tables with a style of its own."""
+    columns = (len(measured.pairs) + 1) // 2
+    figure = Figure(figsize=(3.6 * columns, 7), layout="constrained")
     axes = list(figure.subplots(2, columns, squeeze=False).flat)
-    for axis, pair in zip(axes, pairs, strict=False):
+    names = list(measured.study["restrictions"])
+    for axis, pair in zip(axes, measured.pairs, strict=False):
         axis.set_title(", ".join(pair), fontsize=10)
         axis.grid(alpha=0.3)
-    for axis in axes[len(pairs) :]:
+        for row in measured.rows_of(*pair):
+            draw(axis, row, {"color": f"C{names.index(row.restriction)}", "label": row.restriction})
+    for axis in axes[len(measured.pairs) :]:
         axis.set_axis_off()
-    return figure, dict(zip(pairs, axes, strict=False))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return figure
 
 
 def draw_bits(measured: Measured) -> Figure:
     """Draw accuracy by bits of uniform weights with min-max ranges, a line per restriction; bars are deviations."""
-    figure, axes = panels(measured)
     names = list(measured.study["restrictions"])
-    for row in measured.rows:
-        axis, index = axes[row.task, row.optimizer], names.index(row.restriction)
-        runs = [measured.figures(row, name) for name in BITS.values()]
-        floats = measured.figures(row, "float")
-        places = [place + 0.03 * (index - len(names) / 2) for place in range(len(BITS) + 1)]
-        means, deviations = [mean(run) for run in [*runs, floats]], [stdev(run) for run in [*runs, floats]]
-        axis.errorbar(
-            places, means, deviations, color=f"C{index}", marker=".", lw=1, elinewidth=0.7, label=row.restriction
-        )
-        axis.set_xticks(range(len(BITS) + 1), [*map(str, BITS), "float"])
+
+    def draw(axis: Axes, row: Row, style: dict[str, str]) -> None:
+        runs = [measured.figures(row, name) for name in (*BITS.values(), "float")]
+        places = [place + 0.03 * (names.index(row.restriction) - len(names) / 2) for place in range(len(runs))]
+        axis.errorbar(places, list(map(mean, runs)), list(map(stdev, runs)), marker=".", lw=1, elinewidth=0.7, **style)
+        axis.set_xticks(range(len(runs)), [*map(str, BITS), "float"])
         axis.set_xlabel("bits")
         axis.set_ylabel("accuracy, %")
-    first = next(iter(axes.values()))
-    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    return figure
+
+    return panels(measured, draw)
 
 
 def draw_crest(measured: Measured) -> Figure:
     """Draw recovery of 2-bit weights by the crest factor of the float ones, a dot per model."""
-    figure, axes = panels(measured)
-    names = list(measured.study["restrictions"])
-    for row in measured.rows:
-        axis, index = axes[row.task, row.optimizer], names.index(row.restriction)
+
+    def draw(axis: Axes, row: Row, style: dict[str, str]) -> None:
         crests = [run["crest_factor"] for run in measured.runs(row, "float")]
-        axis.plot(crests, measured.recoveries(row, RECOVERED), ".", color=f"C{index}", label=row.restriction)
+        axis.plot(crests, measured.recoveries(row, RECOVERED), ".", **style)
         axis.set_xlabel("crest factor, max|W| / rms(W)")
         axis.set_ylabel("recovery at 2 bits, %")
-    first = next(iter(axes.values()))
-    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    return figure
+
+    return panels(measured, draw)
 
 
 def draw_size(measured: Measured) -> Figure:

@@ -91,18 +91,16 @@ def compressions(study: Study, row: Row) -> list[str]:
     return [*study["compressions"], *more]
 
 
+def starts(study: Study, row: Row) -> list[Cell]:
+    """List a row's float models on the test split, one per seed, once its candidate is chosen."""
+    index = chosen(study, row)
+    return [] if index is None else [float_model(study, row, index, seed, "test") for seed in study["seeds"]]
+
+
 def tests(study: Study, row: Row) -> list[Cell]:
     """List a row's cells on the test split, once its candidate is chosen."""
-    return [spec for name in compressions(study, row) for spec in seeds_of(study, row, name)]
-
-
-def seeds_of(study: Study, row: Row, compression: str) -> list[Cell]:
-    """List the cells on the test split of one compression of a row, one per seed, once its candidate is chosen."""
-    index = chosen(study, row)
-    if index is None:
-        return []
-    starts = [float_model(study, row, index, seed, "test") for seed in study["seeds"]]
-    return [cell(study, row, start, compression) for start in starts]
+    found = starts(study, row)
+    return [cell(study, row, start, name) for name in compressions(study, row) for start in found]
 
 
 def all_cells(study: Study) -> Iterator[Cell]:

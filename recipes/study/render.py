@@ -49,18 +49,13 @@ HEADLINE = [
 def tables(measured: Measured) -> str:
     """Render a table per task and optimizer, and one more with batch norm re-estimated where there is any."""
     parts = []
-    for task, optimizer in pairs(measured):
+    for task, optimizer in measured.pairs:
         rows = measured.rows_of(task, optimizer)
         title = f"{heading(measured, task, optimizer)}, grain {measured.study['tasks'][task]['grain']}"
         parts += [f"{title}.{_bigram(measured, rows[0])}", restriction_table(measured, rows, best=False)]
         if has_batch_norm(measured, rows[0]):
             parts += [f"{title}, batch norm re-estimated.", restriction_table(measured, rows, best=True)]
     return "\n\n".join(parts)
-
-
-def pairs(measured: Measured) -> list[tuple[str, str]]:
-    """List all tasks and optimizers."""
-    return list(dict.fromkeys((row.task, row.optimizer) for row in measured.rows))
 
 
 def heading(measured: Measured, task: str, optimizer: str) -> str:
@@ -100,7 +95,7 @@ def correlations(measured: Measured) -> str:
     repaired = CORRELATED[1]
     header = ("task", "optimizer", *CORRELATED, f"{repaired}, BN")
     lines = []
-    for task, optimizer in pairs(measured):
+    for task, optimizer in measured.pairs:
         cells = [f"{measured.crest_correlation(task, optimizer, name):+.2f}" for name in CORRELATED]
         with_norm = has_batch_norm(measured, measured.rows_of(task, optimizer)[0])
         last = f"{measured.crest_correlation(task, optimizer, repaired, best=True):+.2f}" if with_norm else ""

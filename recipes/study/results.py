@@ -19,6 +19,11 @@ def load_study(path: Path) -> Study:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
+def start_of(spec: Cell) -> Cell:
+    """Return the specification of the float model that a cell compresses."""
+    return {key: value for key, value in spec.items() if key != "compression"}
+
+
 def digest(spec: Cell) -> str:
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
 

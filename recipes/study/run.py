@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from peers import PEERS, is_installed
 from plan import Row, is_compared, rows, tests, trials
-from results import Cell, Study, digest, load_result, load_study, save_result
+from results import Cell, Study, digest, load_result, load_study, save_result, start_of
 from tqdm import tqdm
 
 
@@ -48,8 +48,7 @@ def run_missing(study: Study, cells: Iterable[Cell], pool: Pool, title: str) -> 
     jobs: dict[str, list[Cell]] = {}
     for spec in cells:
         if is_installed(spec["compression"].get("peer")) and load_result(study, spec) is None:
-            start = digest({key: value for key, value in spec.items() if key != "compression"})
-            jobs.setdefault(start, []).append(spec)
+            jobs.setdefault(digest(start_of(spec)), []).append(spec)
     with tqdm(desc=title, total=sum(map(len, jobs.values())), unit="cell") as bar:
         for count in pool.imap_unordered(run_start, [(study, job) for job in jobs.values()]):
             bar.update(count)
