@@ -13,6 +13,7 @@ BITS = {2: "uniform, 2 bits", 3: "uniform, 3 bits", 4: "uniform, 4 bits", 8: "un
 RECOVERED = "uniform, 2 bits"
 SHOWN = {"none": "0.5", "weight decay": "tab:brown", "clip": "tab:orange"}
 MARKERS = "os^vDPX*<>ph"
+SIZES = (16, 32, 64, 128, 256)
 
 
 def panels(measured: Measured, draw: Callable[[Axes, Row, dict[str, str]], None]) -> Figure:
@@ -75,6 +76,8 @@ def draw_size(measured: Measured) -> Figure:
                 axis.plot(nbytes / 1024, accuracy, marker, color=colour, mfc="none", ms=6)
         axis.set_title(f"{task}, {optimizer}", fontsize=10)
         axis.set_xscale("log")
+        axis.minorticks_off()
+        axis.set_xticks(SIZES, SIZES)
         axis.set_xlabel("weights, KiB")
         axis.grid(alpha=0.3)
     all_axes[0].set_ylabel("accuracy, %")
