@@ -34,7 +34,7 @@ def check_quanto(config: R2QuantizationConfig) -> Any:
     if beyond:
         raise ValueError(f"backend='quanto' rounds by itself: remove {beyond} from refine")
     try:
-        from optimum import quanto
+        import optimum.quanto as quanto
     except ImportError as error:
         raise ImportError('optimum-quanto is not installed: pip install "hf_r2[quanto]"') from error
     return quanto
