@@ -33,7 +33,10 @@ def extremes(weight: LocalWeight) -> Routine[Tensor]:
     """Largest and smallest element of each group: `(groups, 2)`."""
     ends = []
     for block in weight.blocks():
-        if block.shape[1]:
+        if len(block) == 1 and block.is_cpu and block.numel():
+            low, high = block.aminmax()  # one pass, where amax and amin take two
+            ends.append(torch.stack([high, low.neg()])[None])
+        elif block.shape[1]:
             ends.append(torch.stack([block.amax(dim=1), block.amin(dim=1).neg_()], dim=1))
         else:
             ends.append(block.new_full((len(block), 2), -torch.inf))

@@ -9,6 +9,7 @@ and then what is done on few elements of each runs back to back, which takes hal
 
 import math
 from collections.abc import Callable, Generator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -162,10 +163,14 @@ class LocalWeight:
 
     def per_group(self, value: Tensor | float) -> Tensor:
         """Expand a number, a scalar or one value per group held here to the latter, `(groups,)`."""
-        groups = sum(map(len, self.blocks()))
         if isinstance(value, Tensor):
-            return value.to(self.tensor.device).expand(groups)
-        return torch.full((groups,), value, dtype=torch.float64, device=self.tensor.device)
+            return value.to(self.tensor.device).expand(self.held_groups)
+        return torch.full((self.held_groups,), value, dtype=torch.float64, device=self.tensor.device)
+
+    @cached_property
+    def held_groups(self) -> int:
+        """Number of the groups held here."""
+        return sum(map(len, self.blocks()))
 
     def group_elements(self) -> Tensor | int:
         """Elements of each group as a whole, `(groups,)`; a number if all have as many."""

@@ -27,8 +27,10 @@ class BesideEachOther(LocalWeight):
         self.parts = parts
         self.tensor = parts[0].tensor
         self.elements = [elements for part in parts for elements in part.elements]
-        self._views = [block for part in parts for block in part.blocks()]
-        self.groups = [sum(map(len, part.blocks())) for part in parts]
+        blocks = [part.blocks() for part in parts]
+        self._views = [block for each in blocks for block in each]
+        self.groups = [sum(map(len, each)) for each in blocks]
+        self.held_groups = sum(self.groups)
 
     def over_groups(self, values: Tensor) -> Routine[Tensor]:
         """Add up one value per group, for each of the weights: `(weights,)`."""

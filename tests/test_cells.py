@@ -62,6 +62,80 @@ def test_peaks_are_the_same_in_blocks_larger_than_what_is_cached(monkeypatch):
         assert torch.equal(Cells([block]).peaks, expected)
 
 
+def held(picked, blocks):
+    """Whole blocks, and positions and values of the elements in the picked cells, by block."""
+    found = {b: [] for b in range(len(blocks)) if b not in picked.whole}
+    for batch in picked.cells:
+        copies = iter(batch.of(blocks))
+        for b, index in batch.index.items():
+            found[b] += [(cell * batch.size, next(copies).tolist()) for cell in index.tolist()]
+    return found
+
+
+@pytest.mark.parametrize("cached", [1, 128, 300])
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(search=searches())
+def test_cells_above_a_level_are_found_without_a_look_at_those_of_most_chunks(cached, search):
+    blocks, level = search
+    expected = Cells(blocks).pick(level, above=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells, "CACHED", cached)
+        found = Cells(blocks, level=level).pick(level, above=True)
+    assert held(found, blocks) == held(expected, blocks)
+
+
+@pytest.mark.parametrize("cached", [1, 128, 300])
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(search=searches())
+def test_the_largest_are_found_without_a_look_at_the_cells_of_most_chunks(cached, search):
+    blocks, level = search
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells, "CACHED", cached)
+        searched = Cells(blocks, level=level, largest=True)
+    tops = searched.tops()
+    assert tops.tolist() == [max(map(abs, row)) for row in rows_of(blocks)]
+    found = held(searched.pick(tops.where(tops > level, torch.inf)), blocks)
+    for b, (block, top, limit) in enumerate(
+        zip(
+            blocks,
+            tops.split([len(block) for block in blocks]),
+            level.split([len(block) for block in blocks]),
+            strict=True,
+        )
+    ):
+        flat = block.flatten().tolist()
+        wanted = [
+            index
+            for index, value in enumerate(flat)
+            if abs(value) == top[index // block.shape[1]] > limit[index // block.shape[1]]
+        ]
+        picked = [start + column for start, row in found.get(b, [(0, flat)]) for column in range(len(row))]
+        assert set(wanted) <= set(picked)
+
+
+@pytest.mark.parametrize("place", [0, 700, 1279])
+@pytest.mark.parametrize("largest", [False, True])
+def test_what_is_not_a_number_is_found_in_any_chunk(monkeypatch, place, largest):
+    monkeypatch.setattr(cells, "CACHED", 256)
+    block = torch.ones(1, 1280)
+    block[0, place] = torch.nan
+    searched = Cells([block], level=torch.tensor([2.0]), largest=largest)
+    assert searched.tops().isnan().all()
+
+
+def test_chunks_without_a_cell_asked_for_are_read_once(monkeypatch):
+    monkeypatch.setattr(cells, "CACHED", 256)
+    looked_at = []
+    monkeypatch.setattr(torch, "amax", lambda chunk, **_: looked_at.append(chunk.data_ptr()))
+    monkeypatch.setattr(torch, "amin", lambda chunk, **_: looked_at.append(chunk.data_ptr()))
+    block = torch.arange(1280.0)[None]
+    Cells([block], level=torch.tensor([1300.0]))
+    Cells([block], level=torch.tensor([1300.0]), largest=True)
+    assert looked_at == []
+    Cells([block], level=torch.tensor([-1.0]), largest=True)
+    assert looked_at == [block[:, 960:].data_ptr()]
+
+
 def test_peaks_of_nothing_are_zero():
     assert Cells([torch.empty(3, 0)]).tops().tolist() == [0, 0, 0]
     assert Cells([torch.empty(0, 5)]).tops().tolist() == []

@@ -47,7 +47,7 @@ def find_largest(weight: LocalWeight, level: Tensor | None = None) -> Routine[tu
         `sign(W)` on the largest elements of these, shared between ties, to blocks in place.
     """
     blocks = weight.blocks()
-    cells = Cells(blocks)
+    cells = Cells(blocks, level=weight.per_group(-1.0) if level is None else level, largest=True)
     yield
     tops = yield from weight.maximum(cells.tops())
     counted = torch.ones_like(tops) if level is None else (tops > level).to(tops.dtype)

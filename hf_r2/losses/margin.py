@@ -63,7 +63,7 @@ def _furthest(weight: LocalWeight, level: Tensor) -> Routine[tuple[Tensor, Tenso
 def _all(weight: LocalWeight, level: Tensor) -> Routine[tuple[Tensor, Tensor, AddGradient]]:
     """Take every element outside; only the cells that hold one are looked at again, unless they are many."""
     blocks = weight.blocks()
-    cells = Cells(blocks, crowded(blocks, level))
+    cells = Cells(blocks, crowded(blocks, level), level)
     yield
     picked = cells.pick(level, above=True)
     found = yield from weight.total(cells.excess(level, picked))
