@@ -195,24 +195,29 @@ def _prox_limits(weight: LocalWeight, t: Tensor | float, before: Tensor | None =
     cells = Cells(blocks, many)
     yield
     starts = []
-    for b, (block, peaks) in enumerate(zip(blocks, cells.split_peaks(), strict=True)):
-        if many[b]:
-            starts.append(_limit_of_many(block, weight.split(before)[b], weight.split(t)[b].item()))
+    of_blocks = zip(
+        blocks, cells.split_peaks(), weight.split(before if warm else t), weight.split(t), many, strict=True
+    )
+    for block, peaks, last, of_block, is_crowded in of_blocks:
+        if is_crowded:
+            starts.append(_limit_of_many(block, last, of_block.item()))
         else:
-            starts.append(_sorted_solution(_few_of(peaks), weight.split(t)[b]).to(block.dtype))
+            starts.append(_sorted_solution(_few_of(peaks), of_block).to(block.dtype))
     limits = yield from weight.maximum(torch.cat(starts))
     picked = cells.pick(limits, above=True)
     magnitudes, groups = picked.above(blocks, limits)
     unsolved = [b for b in picked.whole if not many[b]]
     for _ in range(NEWTON_STEPS):
         found = _excess_of_few(magnitudes, groups, limits)
+        parts, levels = weight.split(found), weight.split(limits)
         for b in unsolved:
-            weight.split(found)[b].copy_(excess(blocks[b], weight.split(limits)[b]))
+            parts[b].copy_(excess(blocks[b], levels[b]))
         found = yield from weight.total(found)
         before, limits = limits, _newton_step(limits, found, t)
         # An accelerator takes all steps: to stop early, the host would have to wait for it
         if limits.is_cpu:
-            unsolved = [b for b in unsolved if not torch.equal(weight.split(limits)[b], weight.split(before)[b])]
+            stepped = weight.split(limits)
+            unsolved = [b for b in unsolved if not torch.equal(stepped[b], levels[b])]
             if torch.equal(limits, before):
                 break
     return Limits(limits, picked)

@@ -6,7 +6,7 @@ from torch import nn
 from hf_r2 import RangeProjection
 from hf_r2.grain import blocks
 from hf_r2.losses import RangeLoss
-from hf_r2.moments import extremes, require_finite, rms, shapes
+from hf_r2.moments import extremes, extremes_and_rms, require_finite, rms, shapes
 from hf_r2.sharding import LocalWeight, run
 
 GRAINS = ["tensor", "channel", 4, 5, 50]  # of 12 inputs: 4 divides, 5 does not, 50 is larger
@@ -85,6 +85,11 @@ def test_rms_and_extremes_agree_with_numpy(grain, scale):
     weight = scale * seeded(6, 3, 2, 2)
     local = LocalWeight(weight, grain)
     sizes, ends = run([rms(local), extremes(local)])
+    ((together, size_together),) = run([extremes_and_rms(local, compiled=False)])
+    assert torch.equal(together, ends) and torch.equal(size_together, sizes)
+    ((fused, fused_size),) = run([extremes_and_rms(local, compiled=True)])
+    assert torch.equal(fused, ends)
+    torch.testing.assert_close(fused_size, sizes, rtol=1e-6, atol=0)
     for block, size, end in zip(blocks(weight, grain), local.split(sizes), local.split(ends), strict=True):
         values = block.double().numpy()
         np.testing.assert_allclose(size.double(), np.sqrt((values**2).mean(axis=1)), rtol=1e-6)

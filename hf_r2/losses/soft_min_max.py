@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_r2.grain import Grain, group_counts, pieces
 from hf_r2.losses.term import Measure, Measured, range_term
-from hf_r2.moments import extremes, rms
+from hf_r2.moments import extremes_and_rms
 from hf_r2.sharding import LocalWeight, Routine
 
 LOWEST_START, HIGHEST_START = 1.0, 100.0
@@ -53,8 +53,7 @@ def soft_min_max_measure(compiled: bool = False) -> Measure:
 
 def _measure(compiled: bool, weight: LocalWeight, temperatures: Tensor) -> Routine[Measured]:
     a = weight.held(temperatures).to(weight.tensor.device)
-    bounds = yield from extremes(weight)
-    size = yield from rms(weight)
+    bounds, size = yield from extremes_and_rms(weight, compiled)
     rates = _rate(a, size)
     high, low = yield from _soft_ends(weight, rates, bounds, compiled)
     penalty = size * torch.exp(-a)
@@ -79,8 +78,7 @@ def _measure(compiled: bool, weight: LocalWeight, temperatures: Tensor) -> Routi
 
 def first_temperature(weight: LocalWeight, share: float = 0.9) -> Routine[Tensor]:
     """Find the temperature at which soft-min-max sees a share of each group's range, `(groups,)`, by bisection."""
-    bounds = yield from extremes(weight)
-    size = yield from rms(weight)
+    bounds, size = yield from extremes_and_rms(weight, compiled=False)
     lowest, highest = torch.full_like(size, LOWEST_START), torch.full_like(size, HIGHEST_START)
     # Halving the logarithm of a factor of 100 eight times leaves one of 1.02
     for _ in range(8):
