@@ -29,7 +29,8 @@ class DKMOptions:
             weight of size 1 and merge all centroids of one of size 0.01. None takes
             `min(0.06 · k^(−2/3d), 2.4 · k^(−2/d))` for k centroids of d dimensions: hard enough that the soft weight is
             near the stored one, soft enough for tables (see `hf_r2.aware.soft_kmeans`) unless a weight has outliers.
-            The second term keeps many centroids apart, whose squared distances shrink at its rate.
+            The second term keeps many centroids apart, whose squared distances shrink at its rate. Small weights with
+            long tails, which strong weight decay leaves, train better at a softer one, such as 0.06 for 4 centroids.
         absolute: take the temperature as it is, in squared units of the weight (coremltools' default is 1e-4).
         iterations: of soft k-means in one training step, at most; all are differentiated through.
         tolerance: stop earlier once no centroid moves by more than this share of its group's spread.

@@ -16,11 +16,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import torch
 from benchmarks import measuring
 from benchmarks.measuring import HERE
 from benchmarks.plan_models import CASES, DATA, train
+from scipy.stats import spearmanr
 
 from hf_r2.codecs import CodecSettings
 from hf_r2.planning.calibration import CalibratedModel, Measured
@@ -130,14 +130,8 @@ def correlations(checkpoint: FloatCheckpoint, losses: Mapping[str, Sequence[Sequ
         for name, each in factors.items()
     }
     proxies["Fisher"] = [loss for own in losses["fisher"] for loss in own]
-    measured = ranks([loss for own in losses["kl"] for loss in own])
-    return {name: float(np.corrcoef(ranks(values), measured)[0, 1]) for name, values in proxies.items()}
-
-
-def ranks(values: Sequence[float]) -> np.ndarray:
-    """Rank values; equal ones share the mean of their ranks."""
-    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    measured = [loss for own in losses["kl"] for loss in own]
+    return {name: float(spearmanr(values, measured).statistic) for name, values in proxies.items()}
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -3,7 +3,6 @@
 import itertools
 import math
 
-import numpy as np
 import pytest
 from benchmarks import measuring
 from benchmarks import plan as benchmark
@@ -29,10 +28,6 @@ def test_every_choice_has_figures_at_the_bytes_of_uniform_bits(result):
     assert all(math.isfinite(row[key]) for row in result["rows"] for key in ("kl", "loss", "accuracy"))
     assert all(row["excess"] == pytest.approx(row["loss"] - uniform["loss"], abs=1e-9) for row in result["rows"])
     assert set(result["correlations"]) == set(benchmark.PROXIES)
-
-
-def test_ranks_share_their_mean():
-    assert np.array_equal(benchmark.ranks([3.0, 1.0, 3.0, 9.0]), [2.5, 1.0, 2.5, 4.0])
 
 
 def test_the_table_says_where_a_plan_is_worse_than_uniform_bits(result):
