@@ -5,7 +5,7 @@ Cells and groups are counted through the blocks, so that what is done between th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -100,7 +100,7 @@ class Cells:
         largest: only the peaks that equal the largest one of their group are asked for, besides.
 
     Attributes:
-        peaks: largest magnitude of each cell, `(cells,)`, or 0 where it is not asked for; infinity in crowded blocks.
+        peaks: largest magnitude of each cell, `(cells,)`, or 0 where it is not asked for, and in crowded blocks.
         ends: of each group, the number of cells up to its last one.
     """
 
@@ -112,6 +112,7 @@ class Cells:
         largest: bool = False,
     ) -> None:
         self.blocks = blocks
+        self.crowded = crowded or [False] * len(blocks)
         self.groups = [len(block) for block in blocks]
         limits = [4 * CELL if largest and groups == 1 else CELL for groups in self.groups]
         self.sizes = [cell_size(block.shape[1], limit) for block, limit in zip(blocks, limits, strict=True)]
@@ -122,12 +123,12 @@ class Cells:
         ends = zip(self.peaks.split(self.counts), low.split(self.counts), strict=True)
         levels = [None] * len(blocks) if level is None else level.split(self.groups)
         for index, (block, pair, above) in enumerate(zip(blocks, ends, levels, strict=True)):
-            if crowded and crowded[index]:
-                pair[0].fill_(torch.inf)
-            elif above is not None and self.groups[index] == 1 and block.is_cpu and block.numel() > CACHED:
+            if self.crowded[index] or not block.numel():
+                continue
+            if above is not None and self.groups[index] == 1 and block.is_cpu and block.numel() > CACHED:
                 find = _find_ends_at_largest if largest else _find_ends_above
                 find(block.view(-1, self.sizes[index]), *pair, above.item())
-            elif block.numel():
+            else:
                 _find_ends(block.view(-1, self.sizes[index]), *pair)
         torch.maximum(self.peaks, low.neg_(), out=self.peaks)
 
@@ -156,7 +157,8 @@ class Cells:
         stops = np.searchsorted(index, starts)
         groups = np.searchsorted(self.ends, index, side="right")
         picked = np.diff(stops)
-        whole = [b for b, block in enumerate(self.blocks) if 4 * picked[b] > self.counts[b] or not block.numel()]
+        many = [4 * picked[b] > self.counts[b] or not block.numel() for b, block in enumerate(self.blocks)]
+        whole = [b for b in range(len(many)) if many[b] or self.crowded[b]]
         batches = []
         for members in self._batches(picked, set(picked.nonzero()[0].tolist()) - set(whole)):
             ranges = [slice(stops[b], stops[b + 1]) for b in members]
@@ -289,7 +291,7 @@ def sample_magnitudes(block: Tensor, count: int) -> Tensor:
 def excess(block: Tensor, level: Tensor) -> Tensor:
     """Do what [`Cells.excess`] does for a whole block and the levels of its groups."""
     if block.is_cpu and len(block) == 1:
-        return torch.tensor([_excess_of_one(block.view(-1), level.item())], dtype=torch.float64)
+        return torch.tensor([excess_of_one(block, level.item())], dtype=torch.float64)
     results = torch.zeros(len(level), 2, dtype=torch.float64, device=block.device)
     for band, (piece,) in pieces(block):
         above = piece.abs().sub_(level[band, None]).relu_()
@@ -298,16 +300,38 @@ def excess(block: Tensor, level: Tensor) -> Tensor:
     return results
 
 
-def _excess_of_one(group: Tensor, level: float) -> tuple[float, float]:
+def excess_of_one(block: Tensor, level: float, compiled: bool = False) -> tuple[float, float]:
+    """Do what [`excess`] does for a block of one group on a CPU.
+
+    Args:
+        block: `(1, elements)`.
+        level: of the group.
+        compiled: in one pass, fused with `torch.compile`.
+    """
     if not level < math.inf:  # of a broken weight
         return math.nan, math.nan
+    if compiled and block.numel():
+        rows = block.view(-1, cell_size(block.shape[1], 32 * CELL))
+        total, count = _fused_excess()(rows, block.new_tensor(level)).sum(dim=1, dtype=torch.float64).tolist()
+        return total, count
     total, count = 0.0, 0.0
-    buffer, split = cached_pieces(group)
+    buffer, split = cached_pieces(block.view(-1))
     for piece in split:
         above = torch._C._nn.softshrink(piece, level, out=buffer[: len(piece)]).abs_()
         total += above.sum().item()
         count += above.sign_().sum().item()
     return total, count
+
+
+@cache
+def _fused_excess() -> Callable[[Tensor, Tensor], Tensor]:
+    """Compile what sums and counts what stands above a level in each row: `(2, rows)`."""
+
+    def sums(rows: Tensor, level: Tensor) -> Tensor:
+        above = (rows.abs() - level).clamp_min(0)
+        return torch.stack([above.sum(dim=1), above.sign().sum(dim=1)])
+
+    return torch.compile(sums, dynamic=True)
 
 
 def cached_pieces(group: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_r2.cells import CELL, Cells, Picked, crowded, excess, sample_magnitudes
+from hf_r2.cells import CELL, Cells, Picked, crowded, excess, excess_of_one, sample_magnitudes
 from hf_r2.grain import Grain, parse_grain, pieces
 from hf_r2.moments import require_finite, rms
 from hf_r2.selection import current_weights, scaled, select_trainable
@@ -20,11 +20,8 @@ PROJECTIONS = ("prox", "clip")
 NEWTON_STEPS = 24
 """At most; weights take two to five."""
 
-SAMPLED_CELLS, SAMPLED_SHARE = 1024, 16
-"""Cells of a weight that is sampled, at least, and the share of all of them, 1 / 16, if that is more."""
-
-SAMPLE_STEPS = 3
-"""On the sample, from the limit of the step before."""
+SAMPLED_CELLS, SAMPLED_SHARE = 256, 64
+"""Cells of a weight that is sampled, at least, and the share of all of them, 1 / 64, if that is more."""
 
 
 class Limits(NamedTuple):
@@ -93,7 +90,12 @@ class RangeProjection:
         for name, (module, attribute) in self.selection.items():
             if not isinstance(getattr(module, attribute), nn.Parameter):
                 raise ValueError(f"{name} is computed from other parameters and cannot be projected: use a range loss")
+        self.compiled = False
         self._levels: list[Tensor | None] = [None] * len(self.selection)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Fuse the pass of `"prox"` over many elements on a CPU with `torch.compile`; nothing else needs it."""
+        self.compiled = True
 
     @torch.no_grad()
     def step(self, strength: Tensor | float = 1.0) -> None:
@@ -116,7 +118,8 @@ class RangeProjection:
         if self.kind == "prox":
             strengths = [stack.per_group(stack.strength) for stack in stacks]
             routines = [
-                _prox_limits(stack.weight, t, self._before(stack)) for stack, t in zip(stacks, strengths, strict=True)
+                _prox_limits(stack.weight, t, self._before(stack), self.compiled)
+                for stack, t in zip(stacks, strengths, strict=True)
             ]
         else:
             routines = [_clip_limits(stack.weight, self.clip) for stack in stacks]
@@ -180,7 +183,9 @@ def _clip_limits(weight: LocalWeight, multiple: float) -> Routine[Limits]:
     return Limits(multiple * size, Picked([], list(range(len(weight.blocks())))))
 
 
-def _prox_limits(weight: LocalWeight, t: Tensor | float, before: Tensor | None = None) -> Routine[Limits]:
+def _prox_limits(
+    weight: LocalWeight, t: Tensor | float, before: Tensor | None = None, compiled: bool = False
+) -> Routine[Limits]:
     """Solve `Σ_i max(|W_i| − τ, 0) = t` for τ.
 
     The sum is convex and falls with τ, and it is linear between magnitudes: Newton's method reaches the solution
@@ -195,14 +200,13 @@ def _prox_limits(weight: LocalWeight, t: Tensor | float, before: Tensor | None =
     cells = Cells(blocks, many)
     yield
     starts = []
-    of_blocks = zip(
-        blocks, cells.split_peaks(), weight.split(before if warm else t), weight.split(t), many, strict=True
-    )
-    for block, peaks, last, of_block, is_crowded in of_blocks:
-        if is_crowded:
-            starts.append(_limit_of_many(block, last, of_block.item()))
+    lasts, of_blocks = weight.split(before if warm else t), weight.split(t)
+    for b, (block, peaks) in enumerate(zip(blocks, cells.split_peaks(), strict=True)):
+        if many[b]:
+            limit = _limit_of_many(block, lasts[b].item(), of_blocks[b].item(), compiled)
+            starts.append(lasts[b].new_full((1,), limit))
         else:
-            starts.append(_sorted_solution(_few_of(peaks), of_block).to(block.dtype))
+            starts.append(_sorted_solution(_few_of(peaks), of_blocks[b]).to(block.dtype))
     limits = yield from weight.maximum(torch.cat(starts))
     picked = cells.pick(limits, above=True)
     magnitudes, groups = picked.above(blocks, limits)
@@ -241,37 +245,25 @@ def _newton_step(limit: Tensor, found: Tensor, t: Tensor) -> Tensor:
 
 
 @np.errstate(invalid="ignore")  # infinite elements make NaN of the limit, which is reported
-def _limit_of_many(block: Tensor, before: Tensor, t: float) -> Tensor:
+def _limit_of_many(block: Tensor, limit: float, t: float, compiled: bool) -> float:
     """Solve for τ where many elements of the only group stand above it, to 1e-5 of what stands out.
 
-    A sample solves for a start, and tells which elements a step from there crosses. So the step is accurate to second
-    order, and one pass over all elements is mostly enough.
+    Newton's method from the limit of the step before. A step takes the count of elements above for constant, and so
+    misses what it crosses, of which a sample tells: while training settles, one pass over the elements is enough.
     """
-    cells = max(SAMPLED_CELLS, block.numel() // (CELL * SAMPLED_SHARE))
-    sample = sample_magnitudes(block, cells).numpy()
+    sample = sample_magnitudes(block, max(SAMPLED_CELLS, block.numel() // (CELL * SAMPLED_SHARE))).numpy()
     ratio = block.numel() / sample.size
-    limit = before.item()
-    # Most elements are far below the limit, unless it falls that far
-    floor = 0.9 * limit
-    near = np.compress(sample > floor, sample)  # three times as fast as a mask in brackets
-    for _ in range(SAMPLE_STEPS):
-        above = np.maximum(near - limit, 0)
-        limit += (above.sum(dtype=np.float64).item() - t / ratio) / max(np.count_nonzero(above), 1)
-        if not limit > floor:
-            near, floor, limit = sample, 0.0, max(limit, 0.0)
     for _ in range(NEWTON_STEPS):
-        total, count = excess(block, before.new_full((1,), limit))[0].tolist()
+        total, count = excess_of_one(block, limit, compiled)
         if count == 0:
             limit = 0.0
             continue
-        start, limit = limit, limit + (total - t) / count
-        if abs(limit - start) * count <= 0.01 * total:
-            # The step took the count for constant: what it misses are the elements that it crosses
-            crossed = np.compress((near > min(start, limit)) & (near < max(start, limit)), near)
-            limit += ratio * np.abs(crossed - limit).sum(dtype=np.float64).item() / count
-            break
-        limit = max(limit, 0.0)  # in this order, NaN stays
-    return before.new_full((1,), limit)
+        start, limit = limit, max(limit + (total - t) / count, 0.0)  # in this order, NaN stays
+        crossed = sample[(sample > min(start, limit)) & (sample < max(start, limit))]
+        missed = ratio * np.abs(crossed - limit).sum(dtype=np.float64).item()
+        if abs(limit - start) * count <= 0.01 * total and missed <= 3e-4 * total:
+            return limit + missed / count
+    return limit
 
 
 def _few_of(peaks: Tensor) -> Tensor:

@@ -158,8 +158,7 @@ class LocalWeight:
 
     def split(self, values: Tensor) -> list[Tensor]:
         """Cut values of the groups held here to those of each block."""
-        views = self.blocks()
-        return [values] if len(views) == 1 else list(values.split([len(block) for block in views]))
+        return [values] if len(self.groups_of_blocks) == 1 else list(values.split(self.groups_of_blocks))
 
     def per_group(self, value: Tensor | float) -> Tensor:
         """Expand a number, a scalar or one value per group held here to the latter, `(groups,)`."""
@@ -168,15 +167,20 @@ class LocalWeight:
         return torch.full((self.held_groups,), value, dtype=torch.float64, device=self.tensor.device)
 
     @cached_property
+    def groups_of_blocks(self) -> list[int]:
+        """Number of the groups in each block."""
+        return [len(block) for block in self.blocks()]
+
+    @cached_property
     def held_groups(self) -> int:
         """Number of the groups held here."""
-        return sum(map(len, self.blocks()))
+        return sum(self.groups_of_blocks)
 
     def group_elements(self) -> Tensor | int:
         """Elements of each group as a whole, `(groups,)`; a number if all have as many."""
         if len(set(self.elements)) == 1:
             return self.elements[0]
-        counts = np.repeat(self.elements, [len(block) for block in self.blocks()])
+        counts = np.repeat(self.elements, self.groups_of_blocks)
         return torch.from_numpy(counts).to(self.tensor.device)
 
     def held(self, values: Tensor) -> Tensor:

@@ -27,10 +27,9 @@ class BesideEachOther(LocalWeight):
         self.parts = parts
         self.tensor = parts[0].tensor
         self.elements = [elements for part in parts for elements in part.elements]
-        blocks = [part.blocks() for part in parts]
-        self._views = [block for each in blocks for block in each]
-        self.groups = [sum(map(len, each)) for each in blocks]
-        self.held_groups = sum(self.groups)
+        self._views = [block for part in parts for block in part.blocks()]
+        self.groups_of_blocks = [groups for part in parts for groups in part.groups_of_blocks]
+        self.groups = [part.held_groups for part in parts]
 
     def over_groups(self, values: Tensor) -> Routine[Tensor]:
         """Add up one value per group, for each of the weights: `(weights,)`."""

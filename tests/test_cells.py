@@ -1,5 +1,7 @@
 """Searching a block by cells against obvious loops, and what is searched that way against a pass over the whole."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_r2 import RangeProjection, cells
-from hf_r2.cells import CELL, Cells, Picked, cell_size, crowded, excess, sample_magnitudes
+from hf_r2.cells import CELL, Cells, Picked, cell_size, crowded, excess, excess_of_one, sample_magnitudes
 from hf_r2.losses import RangeLoss
 from hf_r2.projection import prox_l_inf
 
@@ -228,23 +230,28 @@ def test_excess_of_a_block_larger_than_a_piece_counts_every_element():
     assert found[:, 1].tolist() == (magnitudes > 0).sum(1).tolist()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("elements", [1, 97, 200_001, 3 * 4096])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_excess_of_one_group_larger_than_a_piece_counts_every_element(dtype):
-    block = torch.randn(1, 200_001, generator=torch.Generator().manual_seed(0), dtype=dtype)
+def test_excess_of_one_group_counts_every_element(dtype, elements, compiled):
+    block = torch.randn(1, elements, generator=torch.Generator().manual_seed(0), dtype=dtype)
     above = (block.double().abs() - 0.5).relu()
-    ((total, count),) = excess(block, torch.tensor([0.5], dtype=dtype))
-    torch.testing.assert_close(total, above.sum(), rtol=1e-6, atol=0)
+    total, count = excess_of_one(block, 0.5, compiled)
+    assert total == pytest.approx(above.sum().item(), rel=1e-6)
     assert count == (above > 0).sum()
+    assert compiled or excess(block, torch.tensor([0.5], dtype=dtype)).tolist() == [[total, count]]
 
 
-def test_excess_of_what_is_not_a_number_is_none():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_excess_of_what_is_not_a_number_is_none(compiled):
     block = torch.ones(1, 100_000)
     block[0, 70_000] = float("nan")
-    assert excess(block, torch.zeros(1))[0, 0].isnan()
+    assert math.isnan(excess_of_one(block, 0.0, compiled)[0])
 
 
-def test_excess_of_an_empty_group_is_nothing():
-    assert excess(torch.empty(1, 0), torch.zeros(1)).tolist() == [[0, 0]]
+@pytest.mark.parametrize("compiled", [False, True])
+def test_excess_of_an_empty_group_is_nothing(compiled):
+    assert excess_of_one(torch.empty(1, 0), 0.0, compiled) == (0, 0)
 
 
 @pytest.mark.parametrize("count", [1, 7, 100, 5000])
@@ -343,13 +350,16 @@ def test_prox_that_starts_at_the_last_limits_ends_where_a_fresh_one_does():
         torch.testing.assert_close(model[0].weight.detach(), fresh, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("move", [1e-2, 1e-4, 1e-6])
-def test_prox_of_a_large_flattened_weight_that_starts_at_a_sample_shaves_off_t(move):
+def test_prox_of_a_large_flattened_weight_shaves_off_t(move, compiled):
     """Many elements tie at the limit, and what stands out may be small beside it."""
     flat = seeded((800, 900)).double().clamp(-0.03, 0.03)
     model = nn.Sequential(nn.Linear(900, 800, dtype=torch.float64))
     model[0].weight = nn.Parameter(flat)
     projection = RangeProjection(model, "prox")
+    if compiled:
+        projection.compile()
     for step in range(4):
         with torch.no_grad():
             moved = torch.rand((800, 900), generator=torch.Generator().manual_seed(step)) < 0.3

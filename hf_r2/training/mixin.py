@@ -167,6 +167,8 @@ class R2Mixin(PublishingMixin, ResumingMixin):
         else:
             self.range_projection = RangeProjection(model, self.args.r2_mode, clip=self.args.r2_clip, **options)
         restriction = self.range_loss or self.range_projection
+        if self.args.torch_compile:
+            restriction.compile()
         if self.args.r2_target_crest is not None:
             self.strength_target = CrestTarget(restriction, self.args.r2_target_crest)
         elif self.args.r2_target_gradient_ratio is not None:
@@ -181,8 +183,6 @@ class R2Mixin(PublishingMixin, ResumingMixin):
             temperature=self.args.r2_temperature,
             tail_fraction=self.args.r2_tail_fraction,
         )
-        if self.args.torch_compile:
-            self.range_loss.compile()
         if len(self.range_loss.learnable):
             # Without momentum it has no state to save. Adam would be wrong here: it normalises the tiny gradient of a
             # temperature, which then walks down by the learning rate at every step.

@@ -214,6 +214,16 @@ def test_a_compiled_model_changes_nothing_and_leaves_the_range_loss_out(train, m
     assert changed.range_loss.compiled
 
 
+def test_a_compiled_model_changes_nothing_in_the_projection_and_fuses_it(train):
+    trainers = [
+        train(MODELS["bert"](), make_data("bert", 32), r2_mode="prox", r2_strength=10.0, **extra)
+        for extra in ({}, {"torch_compile": True, "torch_compile_backend": "eager"})
+    ]
+    assert [trainer.range_projection.compiled for trainer in trainers] == [False, True]
+    plain, changed = (snapshot(trainer.model) for trainer in trainers)
+    assert_close(changed, plain, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("grain", ["tensor", "channel", 100])
 @pytest.mark.parametrize("temperature", [None, 100.0])  # one exponential serves both ends; each needs its own
