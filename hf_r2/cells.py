@@ -270,7 +270,7 @@ def crowded(blocks: Sequence[Tensor], level: Tensor) -> list[bool]:
     if not level.is_cpu:
         return [True] * len(blocks)
     groups = np.cumsum([0] + [len(block) for block in blocks])
-    large = [b for b, block in enumerate(blocks) if len(block) == 1 and block.shape[1] >= 1 << 14]
+    large = [b for b, block in enumerate(blocks) if len(block) == 1 and block.shape[1] >= 1 << 12]
     full = [False] * len(blocks)
     if large:
         samples = [sample_magnitudes(blocks[b], 8) for b in large]
