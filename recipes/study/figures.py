@@ -11,7 +11,7 @@ from plan import Row
 
 BITS = {2: "uniform, 2 bits", 3: "uniform, 3 bits", 4: "uniform, 4 bits", 8: "uniform, 8 bits"}
 RECOVERED = "uniform, 2 bits"
-SHOWN = {"none": "0.5", "weight decay": "tab:brown", "clip": "tab:orange"}
+SHOWN = {"none": "0.5", "weight decay": "tab:brown", "prox": "tab:blue", "clip": "tab:orange"}
 MARKERS = "os^vDPX*<>ph"
 SIZES = (16, 32, 64, 128, 256)
 
