@@ -21,7 +21,8 @@ def measured():
 
 
 def test_every_variant_has_finite_figures(measured):
-    names = [name for name, *_ in benchmark.LOSSES] + [benchmark.CLIP, benchmark.FEW, benchmark.STEADY]
+    projections = [benchmark.CLIP, benchmark.FEW, benchmark.STEADY, benchmark.FUSED]
+    names = [name for name, *_ in benchmark.LOSSES] + projections
     assert [row["variant"] for row in measured["rows"]] == names
     assert set(benchmark.BARS) <= set(names)
     for row in measured["rows"]:
