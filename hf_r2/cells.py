@@ -5,7 +5,7 @@ Cells and groups are counted through the blocks, so that what is done between th
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_r2.fusing import fused
 from hf_r2.grain import CPU_PIECE, pieces
 
 CELL = 128
@@ -35,36 +36,42 @@ class PickedCells(NamedTuple):
     index: dict[int, Tensor]
     groups: np.ndarray
 
+    @property
+    def counts(self) -> list[int]:
+        """Number of the cells in each block."""
+        return [index.numel() for index in self.index.values()]
+
     def of(self, blocks: Sequence[Tensor]) -> np.ndarray:
         """Copy them from their blocks: `(cells, elements)`."""
         found = blocks[0].new_empty(len(self.groups), self.size)
-        parts = found.split([index.numel() for index in self.index.values()])
-        for (b, index), part in zip(self.index.items(), parts, strict=True):
+        for b, index, part in self._cut(found):
             torch.index_select(blocks[b].view(-1, self.size), 0, index, out=part)
         return found.numpy()
 
     def only(self, mask: np.ndarray) -> "PickedCells":
         """Pick single elements of them, cells of size 1, by a mask `(cells, elements)`."""
         cell, column = mask.nonzero()
-        stops = np.searchsorted(cell, np.cumsum([index.numel() for index in self.index.values()]))
+        stops = np.searchsorted(cell, np.cumsum(self.counts))
         places = torch.cat(list(self.index.values())).numpy()[cell] * self.size + column
         parts = torch.from_numpy(places).split(np.diff(stops, prepend=0).tolist())
         return PickedCells(1, dict(zip(self.index, parts, strict=True)), self.groups[cell])
 
     def write(self, blocks: Sequence[Tensor], cells: np.ndarray) -> None:
         """Copy them to blocks."""
-        parts = torch.from_numpy(cells).split([index.numel() for index in self.index.values()])
-        for (b, index), part in zip(self.index.items(), parts, strict=True):
+        for b, index, part in self._cut(torch.from_numpy(cells)):
             blocks[b].view(-1, self.size).index_copy_(0, index, part)
 
     def add(self, blocks: Sequence[Tensor], cells: np.ndarray) -> None:
         """Add to them in blocks."""
-        if self.size > 1:
+        if self.size > 1:  # rows one by one are slow to add to
             self.write(blocks, np.add(cells, self.of(blocks), out=cells))
             return
-        parts = torch.from_numpy(cells[:, 0]).split([index.numel() for index in self.index.values()])
-        for (b, index), part in zip(self.index.items(), parts, strict=True):
+        for b, index, part in self._cut(torch.from_numpy(cells[:, 0])):
             blocks[b].view(-1).index_add_(0, index, part)
+
+    def _cut(self, values: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Cut one value per cell to the blocks: their positions, those of the cells in them, and the values."""
+        return zip(self.index, self.index.values(), values.split(self.counts), strict=True)
 
 
 class Picked(NamedTuple):
@@ -157,8 +164,8 @@ class Cells:
         stops = np.searchsorted(index, starts)
         groups = np.searchsorted(self.ends, index, side="right")
         picked = np.diff(stops)
-        many = [4 * picked[b] > self.counts[b] or not block.numel() for b, block in enumerate(self.blocks)]
-        whole = [b for b in range(len(many)) if many[b] or self.crowded[b]]
+        many = [4 * found > count for found, count in zip(picked, self.counts, strict=True)]
+        whole = [b for b, block in enumerate(self.blocks) if many[b] or self.crowded[b] or not block.numel()]
         batches = []
         for members in self._batches(picked, set(picked.nonzero()[0].tolist()) - set(whole)):
             ranges = [slice(stops[b], stops[b + 1]) for b in members]
@@ -312,7 +319,7 @@ def excess_of_one(block: Tensor, level: float, compiled: bool = False) -> tuple[
         return math.nan, math.nan
     if compiled and block.numel():
         rows = block.view(-1, cell_size(block.shape[1], 32 * CELL))
-        total, count = _fused_excess()(rows, block.new_tensor(level)).sum(dim=1, dtype=torch.float64).tolist()
+        total, count = fused(_row_excess)(rows, block.new_tensor(level)).sum(dim=1, dtype=torch.float64).tolist()
         return total, count
     total, count = 0.0, 0.0
     buffer, split = cached_pieces(block.view(-1))
@@ -323,15 +330,10 @@ def excess_of_one(block: Tensor, level: float, compiled: bool = False) -> tuple[
     return total, count
 
 
-@cache
-def _fused_excess() -> Callable[[Tensor, Tensor], Tensor]:
-    """Compile what sums and counts what stands above a level in each row: `(2, rows)`."""
-
-    def sums(rows: Tensor, level: Tensor) -> Tensor:
-        above = (rows.abs() - level).clamp_min(0)
-        return torch.stack([above.sum(dim=1), above.sign().sum(dim=1)])
-
-    return torch.compile(sums, dynamic=True)
+def _row_excess(rows: Tensor, level: Tensor) -> Tensor:
+    """Sum and count what stands above the level in each row: `(2, rows)`."""
+    above = (rows.abs() - level).clamp_min(0)
+    return torch.stack([above.sum(dim=1), above.sign().sum(dim=1)])
 
 
 def cached_pieces(group: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

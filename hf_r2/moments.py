@@ -1,13 +1,13 @@
 """Statistics of the groups of a weight, as routines over what each process holds (see `hf_r2.sharding`)."""
 
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_r2.cells import CELL, cell_size
+from hf_r2.fusing import fused
 from hf_r2.grain import pieces
 from hf_r2.sharding import LocalWeight, Routine, run
 
@@ -71,17 +71,16 @@ def _within_float32(norm: Tensor) -> bool:
 
 def _ends_and_norm(block: Tensor) -> tuple[Tensor, Tensor]:
     if block.numel():
-        high, low, squares = _fused_moments()(block.view(len(block), -1, cell_size(block.shape[1], 4 * CELL)))
+        high, low, squares = fused(_cell_moments)(block.view(len(block), -1, cell_size(block.shape[1], 4 * CELL)))
         norm = squares.sum(dim=1, dtype=torch.float64).sqrt()
         if _within_float32(norm):
             return torch.stack([high.amax(dim=1), low.amin(dim=1).neg_()], dim=1), norm
     return _ends(block), _norm(block)
 
 
-@cache
-def _fused_moments() -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """Moments of the cells of a block, `(groups, cells, elements)`."""
-    return torch.compile(lambda cells: (cells.amax(dim=2), cells.amin(dim=2), cells.square().sum(dim=2)), dynamic=True)
+def _cell_moments(cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest and smallest elements and sums of squares of the cells of a block, `(groups, cells, elements)`."""
+    return cells.amax(dim=2), cells.amin(dim=2), cells.square().sum(dim=2)
 
 
 def require_finite(names: Iterable[str], values: Iterable[Tensor]) -> None:

@@ -19,7 +19,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 LAYERS = [
     {"files"},
     {"adapters"},
-    {"selection", "grain"},
+    {"selection", "grain", "fusing"},
     {"sharding", "cells"},
     {"stacking"},
     {"moments"},
@@ -29,7 +29,7 @@ LAYERS = [
     {"planning", "export"},
     {"cli"},
 ]
-LEAVES = {"files", "adapters", "grain"}
+LEAVES = {"files", "adapters", "grain", "fusing"}
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 
@@ -163,7 +163,7 @@ def test_imports_run_downwards(module):
         assert not imported
 
 
-MATHS = {"codecs", "losses", "grain", "sharding", "cells", "moments"}
+MATHS = {"codecs", "losses", "grain", "fusing", "sharding", "cells", "moments"}
 MATHS_MODULES = {"planning/allocation.py", "planning/sensitivity.py"}
 
 

@@ -1,12 +1,13 @@
 """The soft-min-max range loss."""
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache, partial
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hf_r2.fusing import fused
 from hf_r2.grain import Grain, group_counts, pieces
 from hf_r2.losses.term import Measure, Measured, range_term
 from hf_r2.moments import extremes_and_rms
@@ -64,7 +65,7 @@ def _measure(compiled: bool, weight: LocalWeight, temperatures: Tensor) -> Routi
     learned = yield from weight.whole(variance.to(size.dtype) - penalty)
 
     def add_gradient(grads: Sequence[Tensor], scale: Tensor | float) -> None:
-        add = _kernel(_add_gradient, compiled)
+        add = fused(_add_gradient) if compiled else _add_gradient
         coefficients = torch.cat([end.coefficients(rates) for end in (high, low)], dim=1)
         coefficients = (coefficients * weight.per_group(scale)[:, None]).to(size.dtype)
         of_blocks = map(weight.split, (rates, bounds, coefficients, _once(rates, bounds)))
@@ -121,7 +122,7 @@ def _rate(temperature: Tensor, size: Tensor) -> Tensor:
 def _soft_ends(
     weight: LocalWeight, rates: Tensor, bounds: Tensor, compiled: bool
 ) -> Routine[tuple[_SoftEnd, _SoftEnd]]:
-    kernel = _kernel(_exponential_sums, compiled)
+    kernel = fused(_exponential_sums) if compiled else _exponential_sums
     sums = torch.zeros(len(rates), 6, dtype=torch.float64, device=rates.device)
     of_blocks = map(weight.split, (rates, bounds, sums, _once(rates, bounds)))
     for block, rate, bound, total, once in zip(weight.blocks(), *of_blocks, strict=True):
@@ -180,8 +181,3 @@ def _add_gradient(grad: Tensor, piece: Tensor, rate: Tensor, bound: Tensor, coef
 def _walk(compiled: bool, *blocks: Tensor) -> Iterable[tuple[slice, tuple[Tensor, ...]]]:
     """Piece by piece, so that temporaries stay small; a fused pass has none and takes the whole."""
     return [(slice(None), blocks)] if compiled else pieces(*blocks)
-
-
-@cache
-def _kernel(function: Callable, compiled: bool) -> Callable:
-    return torch.compile(function, dynamic=True) if compiled else function
