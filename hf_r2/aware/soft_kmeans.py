@@ -88,7 +88,7 @@ def soft_kmeans(
         weights, (found, masses) = DistinctSoftKMeans.apply(block, distinct, implicit), distinct.steps[0][1:3]
     elif table is not None:
         weights = TableSoftKMeans.apply(block, table, implicit)
-        found, masses = (torch.cat([band.steps[0][at] for band in table.bands]) for at in (1, 2))
+        found, masses = table.steps[0][1:3]
     else:
         weights, found, masses = ExactSoftKMeans.apply(block, start, scaled, implicit, memory)
     found = scaled.outward(found).to(torch.promote_types(block.dtype, torch.float32))

@@ -5,7 +5,7 @@ centroids per iteration are kept.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,20 +16,20 @@ from hf_r2.aware.soft_kmeans_steps import (
     Linear,
     Scaled,
     Step,
+    exponentials_,
     iterate,
-    softmax_,
     through_softmax_,
     to_centroids,
     to_points,
     unroll,
-    weighted_sum,
 )
 
-_CPU_ENTRIES, _DEVICE_ENTRIES = 1 << 17, 1 << 26
-"""Entries of a piece's attention: what stays in a core's cache, and what fills a device."""
+_LEAST, _MOST, _DEVICE = 1 << 19, 1 << 21, 1 << 28
+"""Numbers that the temporaries of a piece hold: what repays the calls, more where that is small beside the block, and
+what fills a device."""
 
-_COPIES = 5
-"""Arrays of the size of a piece's attention that are alive at a time, points included."""
+_PER_CLUSTER, _PER_DIMENSION = 3, 9
+"""Numbers that are alive at a time for every point: for each cluster, and for each dimension and one more."""
 
 
 class ExactSoftKMeans(torch.autograd.Function):
@@ -57,7 +57,7 @@ class ExactSoftKMeans(torch.autograd.Function):
         block, start = ctx.saved_tensors
         result = torch.empty(block.shape, dtype=block.dtype, device=block.device)
         for (groups, band), steps in zip(_bands(block, start, ctx.scaled, ctx.memory), ctx.steps, strict=True):
-            result[groups] = band.gradient(steps, grad[groups], ctx.implicit)
+            band.write_gradient(steps, grad[groups], ctx.implicit, result[groups])
         return result, None, None, None, None
 
 
@@ -65,13 +65,38 @@ def _bands(block: Tensor, start: Tensor, scaled: Scaled, memory: int) -> Iterato
     """Cut a block into bands of groups that are small enough, or single groups."""
     k, d = start.shape[1:]
     widest = scaled.arithmetic(block)
-    most = _CPU_ENTRIES * torch.get_num_threads() if block.is_cpu else _DEVICE_ENTRIES
-    entries = min(most, memory // (_COPIES * widest.itemsize))
-    rows = max(1, entries // (-(-block.shape[1] // d) * k))
+    numbers = min(max(_LEAST, block.numel()), _MOST) if block.is_cpu else _DEVICE
+    numbers = min(numbers, memory // widest.itemsize)
+    points = max(1, numbers // (_PER_CLUSTER * k + _PER_DIMENSION * (d + 1)))
+    rows = max(1, points // -(-block.shape[1] // d))
     for first in range(0, len(block), rows):
         groups = slice(first, first + rows)
         own = scaled.of(groups)
-        yield groups, _Band(block[groups], d, own, own.arithmetic(block), entries // k)
+        yield groups, _Band(block[groups], d, own, own.arithmetic(block), points)
+
+
+class _Piece(NamedTuple):
+    """Some columns of a band under some centroids.
+
+    Args:
+        columns: of the block.
+        points: `(groups, d + 1, n)` in scaled units, followed by 1.
+        shares: attention times its sum over the clusters, `(groups, k, n)`.
+        inverse: of this sum, `(groups, 1, n)`.
+    """
+
+    columns: slice
+    points: Tensor
+    shares: Tensor
+    inverse: Tensor
+
+    def sums(self, values: Tensor, shares: Tensor | None = None) -> Tensor:
+        """Sum values `(groups, m, n)` times attention, or other shares, over the points: `(groups, k, m)`."""
+        return torch.bmm(values * self.inverse, (self.shares if shares is None else shares).mT).mT
+
+    def means(self, rows: Tensor) -> Tensor:
+        """Average rows `(groups, m, k)` by the attention at every point: `(groups, m, n)`."""
+        return torch.bmm(rows, self.shares).mul_(self.inverse)
 
 
 class _Band:
@@ -81,57 +106,58 @@ class _Band:
         self.block, self.d, self.scaled, self.dtype = block, d, scaled, dtype
         self.vectors = -(-block.shape[1] // d)
         self.size = max(1, points // len(block))
-        self._kept: tuple[Tensor, tuple[slice, Tensor, Tensor]] | None = None
+        self._kept: tuple[Tensor, _Piece] | None = None
 
-    def attended(self, centroids: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield slices of columns with their points `(groups, d, n)` and attention `(groups, k, n)`."""
+    def attended(self, centroids: Tensor) -> Iterator[_Piece]:
+        """Walk over the columns. Where one piece is all of them, it is kept, and its points for other centroids."""
         if self._kept is not None and self._kept[0] is centroids:
             yield self._kept[1]
             return
-        self._kept = None
         logits = Linear.logits(centroids, self.scaled.temperature, self.dtype)
         for start in range(0, self.vectors, self.size):
             columns = slice(start * self.d, min((start + self.size) * self.d, self.block.shape[1]))
-            points = self._points(columns)
-            found = columns, points, softmax_(logits.of(points))
+            points, self._kept = self._points(columns) if self._kept is None else self._kept[1].points, None
+            shares = exponentials_(logits.of(points[:, : self.d]))
+            piece = _Piece(columns, points, shares, shares.sum(dim=1, keepdim=True).reciprocal_())
             if self.size >= self.vectors:
-                self._kept = centroids, found
-            yield found
+                self._kept = centroids, piece
+            yield piece
 
     def _points(self, columns: slice) -> Tensor:
-        """Cut columns into points `(groups, d, n)`, contiguous: sums over n take a quarter of the time then."""
-        vectors = self._vectors(self.block, columns, completed=True).mT
-        points = torch.empty(vectors.shape, dtype=self.dtype, device=vectors.device)
-        centre, per_scale = (each.to(self.dtype) for each in (self.scaled.centre, 1 / self.scaled.scale))
-        return torch.sub(vectors, centre, out=points).mul_(per_scale)
+        """Cut columns into points followed by 1, `(groups, d + 1, n)`, contiguous: sums take a quarter of the time."""
+        vectors = self._vectors(self.block, columns, completed=True)
+        points = torch.ones(len(vectors), self.d + 1, vectors.shape[2], dtype=self.dtype, device=vectors.device)
+        torch.sub(vectors, self.scaled.centre.to(self.dtype), out=points[:, : self.d])
+        points[:, : self.d] *= (1 / self.scaled.scale).to(self.dtype)
+        return points
 
     def _vectors(self, values: Tensor, columns: slice, completed: bool) -> Tensor:
-        """Cut columns into vectors `(groups, n, d)`; the last is completed with the first elements, or with zeros."""
+        """Cut columns into vectors `(groups, d, n)`; the last is completed with the first elements, or with zeros."""
         part = values[:, columns].to(self.dtype)
         missing = -part.shape[1] % self.d
         if missing:
             first = torch.arange(missing, device=values.device) % values.shape[1]
             fill = values[:, first].to(self.dtype) if completed else part.new_zeros(len(part), missing)
             part = torch.cat([part, fill], dim=1)
-        return part.reshape(len(part), -1, self.d)
+        return part.reshape(len(part), -1, self.d).mT
 
     def sums(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
         """Masses and attention-weighted sums; see [`iterate`]."""
-        mass, first = centroids.new_zeros(*centroids.shape[:2], 1), torch.zeros_like(centroids)
-        for _, points, attended in self.attended(centroids):
-            mass += attended.sum(dim=2, keepdim=True)
-            first += weighted_sum(attended, points)
-        return mass, first
+        sums = centroids.new_zeros(*centroids.shape[:2], self.d + 1)
+        for piece in self.attended(centroids):
+            sums += piece.sums(piece.points)
+        return sums[..., self.d :], sums[..., : self.d]
 
     def write_output(self, step: Step, output: Tensor) -> None:
         """Write the soft weights under the last step."""
         values = step.new.to(self.dtype).mT
-        for columns, _, attended in self.attended(step.old):
-            output[:, columns] = _elements(self.scaled.outward(values @ attended), columns.stop - columns.start)
+        for piece in self.attended(step.old):
+            columns = piece.columns
+            output[:, columns] = _elements(self.scaled.outward(piece.means(values)), columns.stop - columns.start)
 
-    def gradient(self, steps: list[Step], grad: Tensor, implicit: bool) -> Tensor:
-        """Return the block's gradient from the output's, in the arithmetic of the band."""
-        target = torch.zeros(grad.shape, dtype=self.dtype, device=grad.device)
+    def write_gradient(self, steps: list[Step], grad: Tensor, implicit: bool, result: Tensor) -> None:
+        """Write the block's gradient from the output's; it is summed in the arithmetic of the band."""
+        target = result.zero_() if result.dtype == self.dtype else torch.zeros_like(result, dtype=self.dtype)
 
         def back(step: Step, pull: Tensor, last: bool) -> Tensor:
             return self.back(step, pull, grad if last else None, target)
@@ -140,13 +166,14 @@ class _Band:
             back(steps[0], implicit_pull(steps[0], self.linearize(steps[0], grad)), True)
         else:
             unroll(steps, self.slope(steps[0], grad), back)
-        return target
+        if target is not result:
+            result.copy_(target)
 
     def slope(self, step: Step, grad: Tensor) -> Tensor:
         """Return the gradient of the last centroids as values of the output."""
         slope = torch.zeros_like(step.new)
-        for columns, _, attended in self.attended(step.old):
-            slope += weighted_sum(attended, self._vectors(grad, columns, completed=False).mT)
+        for piece in self.attended(step.old):
+            slope += piece.sums(self._vectors(grad, piece.columns, completed=False))
         return slope
 
     def back(self, step: Step, pull: Tensor, grad: Tensor | None, target: Tensor) -> Tensor:
@@ -161,30 +188,35 @@ class _Band:
         Returns:
             Gradient of the old centroids.
         """
-        temperature, dtype = self.scaled.temperature, self.dtype
-        through_mean, values, slopes = Linear.pull(step, pull, dtype), step.new.to(dtype), pull.to(dtype).mT
-        inward = to_points(step, temperature, dtype)
-        total, first = torch.zeros_like(step.mass), torch.zeros_like(step.old)
-        for columns, points, attended in self.attended(step.old):
-            logits = through_mean.of(points)
+        # The attention's gradient is a product of rows of the clusters, and what each of them belongs to at the points
+        rows = torch.cat([*Linear.pull(step, pull, self.dtype)], dim=2)
+        if grad is not None:
+            rows = torch.cat([rows, step.new.to(self.dtype)], dim=2)
+        inward = to_points(step, self.scaled.temperature, self.dtype)
+        sums = step.old.new_zeros(*step.old.shape[:2], self.d + 1)
+        for piece in self.attended(step.old):
+            factors = piece.points
             if grad is not None:
-                logits.baddbmm_(values, self._vectors(grad, columns, completed=False).mT)
-            through_softmax_(logits, attended)
-            total += logits.sum(dim=2, keepdim=True)
-            first += weighted_sum(logits, points)
-            _add_elements(target[:, columns], torch.baddbmm(slopes @ attended, inward, logits))
-        return to_centroids(total, first, step, temperature)
+                factors = torch.cat([factors, self._vectors(grad, piece.columns, completed=False)], dim=1)
+            means = piece.means(rows.mT)
+            mean = (means * factors).sum(dim=1, keepdim=True)
+            logits = torch.baddbmm(mean, rows, factors, beta=-1).mul_(piece.shares)
+            sums += piece.sums(piece.points, logits)
+            _add_elements(
+                target[:, piece.columns], torch.bmm(inward, logits).mul_(piece.inverse).add_(means[:, : self.d])
+            )
+        return to_centroids(sums[..., self.d :], sums[..., : self.d], step, self.scaled.temperature)
 
     def linearize(self, step: Step, grad: Tensor) -> Linearized:
         """Take derivatives at the last step, as if it had moved nothing; scalars only."""
         values, jacobian = step.new.to(self.dtype), step.new.new_zeros(*step.new.shape[:2], step.new.shape[1])
-        total, first = torch.zeros_like(step.mass), torch.zeros_like(step.old)
-        for columns, points, attended in self.attended(step.old):
-            logits = through_softmax_(values * self._vectors(grad, columns, completed=False).mT, attended)
-            total += logits.sum(dim=2, keepdim=True)
-            first += weighted_sum(logits, points)
-            jacobian += mean_jacobian(points, attended, None, step)
-        slope = self.slope(step, grad) + to_centroids(total, first, step, self.scaled.temperature)
+        sums = step.old.new_zeros(*step.old.shape[:2], 2)
+        for piece in self.attended(step.old):
+            attended, points = piece.shares * piece.inverse, piece.points
+            logits = through_softmax_(values * self._vectors(grad, piece.columns, completed=False), attended)
+            sums += logits @ points.mT
+            jacobian += mean_jacobian(points[:, :1], attended, None, step)
+        slope = self.slope(step, grad) + to_centroids(sums[..., 1:], sums[..., :1], step, self.scaled.temperature)
         return Linearized(slope, jacobian * (2 / self.scaled.temperature))
 
 

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_r2.aware.soft_kmeans_nodes import Nodes, output_at
+from hf_r2.aware.soft_kmeans_bins import MOST_BINS, MOST_PIECE, bands_of, histogram, look_up, unsigned
+from hf_r2.aware.soft_kmeans_nodes import Nodes
 from hf_r2.aware.soft_kmeans_steps import Scaled, Step
-from hf_r2.aware.soft_kmeans_table import MOST_PIECE, look_up, pieces_of
-
-PATTERNS = 1 << 16
 
 
 class Distinct(NamedTuple):
@@ -43,13 +41,14 @@ def distinguish(block: Tensor, start: Tensor, scaled: Scaled) -> Distinct | None
     Returns:
         The values; None for other blocks, and for short ones, where distinct values are not much fewer.
     """
-    if block.dtype not in (torch.float16, torch.bfloat16) or len(block) > 1 or block.shape[1] < 2 * PATTERNS:
+    if block.dtype not in (torch.float16, torch.bfloat16) or len(block) > 1 or block.shape[1] < 2 * MOST_BINS:
         return None
-    counts = torch.zeros(PATTERNS, dtype=torch.int64)
-    for _, (piece,) in pieces_of(block, least=MOST_PIECE):
-        counts += torch.bincount(_patterns(piece), minlength=PATTERNS)
+    counts = torch.zeros(MOST_BINS, dtype=torch.int64)
+    for _, pieces in bands_of(block, least=MOST_PIECE):
+        for (piece,) in pieces:
+            counts += histogram(unsigned(piece), None, MOST_BINS)[0]
     pattern = counts.nonzero()[:, 0]
-    values = torch.arange(PATTERNS, dtype=torch.int32).to(torch.int16).view(block.dtype)[pattern]
+    values = torch.arange(MOST_BINS, dtype=torch.int32).to(torch.int16).view(block.dtype)[pattern]
     points = scaled.inward(values.double()[None, None]).to(scaled.arithmetic(block))
     nodes = Nodes(points, counts[pattern][None, None], scaled)
     return Distinct(pattern, nodes, nodes.iterate(start))
@@ -62,13 +61,14 @@ class DistinctSoftKMeans(torch.autograd.Function):
     def forward(ctx: Any, block: Tensor, distinct: Distinct, implicit: bool) -> Tensor:
         """Look up f."""
         ctx.distinct, ctx.implicit = distinct, implicit
-        f, slopes = output_at(distinct.nodes.points, distinct.steps[0], distinct.nodes.scaled.temperature)
+        f, slopes = distinct.nodes.output(distinct.steps[0])
         ctx.save_for_backward(block, slopes[0, 0])
-        table = torch.zeros(PATTERNS, dtype=block.dtype)
+        table = torch.zeros(MOST_BINS, dtype=block.dtype)
         table[distinct.pattern] = distinct.nodes.scaled.outward(f)[0, 0].to(block.dtype)
         output = torch.empty(block.shape, dtype=block.dtype)
-        for _, (piece, target) in pieces_of(block, output):
-            torch.index_select(table, 0, _patterns(piece), out=target[0])
+        for _, pieces in bands_of(block, output):
+            for piece, target in pieces:
+                torch.index_select(table, 0, unsigned(piece)[0], out=target[0])
         return output
 
     @staticmethod
@@ -76,19 +76,16 @@ class DistinctSoftKMeans(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         """Look up f′ and q."""
         (block, slopes), (pattern, nodes, steps) = ctx.saved_tensors, ctx.distinct
-        sums = torch.zeros(PATTERNS, dtype=torch.float64)
-        for _, (piece, part) in pieces_of(block, grad, least=MOST_PIECE):
-            sums += torch.bincount(_patterns(piece), part[0].double(), minlength=PATTERNS)
-        table = torch.zeros(1, PATTERNS, 2)
+        sums = torch.zeros(MOST_BINS, dtype=torch.float64)
+        for _, pieces in bands_of(block, grad, least=MOST_PIECE):
+            for piece, part in pieces:
+                sums += histogram(unsigned(piece), part.double(), MOST_BINS)[0]
+        table = torch.zeros(1, MOST_BINS, 2)
         table[0, pattern, 0] = slopes.float()
         table[0, pattern, 1] = nodes.gradient(steps, sums[pattern][None, None], ctx.implicit)[0, 0].float()
         result = torch.empty(block.shape, dtype=block.dtype)
-        for _, (piece, part, target) in pieces_of(block, grad, result):
-            found = look_up(table, _patterns(piece))
-            target[0].copy_(torch.addcmul(found[..., 1], found[..., 0], part[0].float()))
+        for _, pieces in bands_of(block, grad, result):
+            for piece, part, target in pieces:
+                slope, own = look_up(table, unsigned(piece))
+                target.copy_(torch.addcmul(own, slope, part.float()))
         return result, None, None
-
-
-def _patterns(piece: Tensor) -> Tensor:
-    """Bits of 16-bit numbers `(1, n)`: int32, `(n,)`."""
-    return piece[0].contiguous().view(torch.int16).int().bitwise_and_(PATTERNS - 1)

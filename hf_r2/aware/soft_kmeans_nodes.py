@@ -23,7 +23,7 @@ from hf_r2.aware.soft_kmeans_steps import (
 )
 
 _ENTRIES = 1 << 17
-"""Entries of the attention, groups × clusters × points, that are worked on at a time."""
+"""Entries of the attention, groups × clusters × points, that are worked on at a time, and that are kept at most."""
 
 
 class Nodes:
@@ -37,11 +37,23 @@ class Nodes:
 
     def __init__(self, points: Tensor, weights: Tensor, scaled: Scaled) -> None:
         self.points, self.scaled = points, scaled
-        self.weights = weights.to(points.dtype)
+        self._weights = weights.to(points.dtype)
+        self._counted = self._with_moments(self._weights)
+        self._kept: list[tuple[Tensor, Tensor]] = []
 
     def iterate(self, start: Tensor) -> list[Step]:
         """Run the iterations from centroids `(groups, k, 1)`."""
         return iterate(start, self._sums, self.scaled)
+
+    def output(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Return f and f′ at the points, of their shape, if the attention is that of this step."""
+        f, slopes = torch.empty_like(self.points), torch.empty_like(self.points)
+        values = step.new.to(self.points.dtype)
+        inward = to_points(step, self.scaled.temperature, self.points.dtype)
+        for columns, _, attended in self._attended(step.old):
+            torch.bmm(values.mT, attended, out=f[..., columns])
+            torch.bmm(inward, _through_output(values, attended), out=slopes[..., columns])
+        return f, slopes
 
     def gradient(self, steps: list[Step], grads: Tensor, implicit: bool) -> Tensor:
         """Return q at the points, `(groups, 1, n)`.
@@ -51,7 +63,7 @@ class Nodes:
             grads: sums of the output's gradient over what each point stands for, shape of the points.
             implicit: take the gradient of a fixed point.
         """
-        grads = grads.to(self.points.dtype)
+        grads = self._with_moments(grads.to(self.points.dtype))
         q = torch.zeros_like(self.points)
 
         def back(step: Step, pull: Tensor, last: bool) -> Tensor:
@@ -59,76 +71,77 @@ class Nodes:
 
         slope = torch.zeros_like(steps[0].new)
         for columns, _, attended in self._attended(steps[0].old):
-            slope += attended @ grads[..., columns].mT
+            slope += _sums_over(grads[:, :1, columns], attended)
         if implicit:
             self._back(steps[0], implicit_pull(steps[0], self._linearize(steps[0], slope, grads)), None, q)
         else:
             unroll(steps, slope, back)
         return q
 
+    def _with_moments(self, weights: Tensor) -> Tensor:
+        """Put weights and weights times points together, `(groups, 2, n)`: what all sums over points are of."""
+        return torch.cat([weights, weights * self.points], dim=1)
+
     def _back(self, step: Step, pull: Tensor, grads: Tensor | None, q: Tensor) -> Tensor:
         """Go back through one step, and the output if its gradient is given: add to q, return that of the centroids."""
         temperature, dtype = self.scaled.temperature, q.dtype
-        through_mean, inward, outward = (
-            Linear.pull(step, pull, dtype),
-            to_points(step, temperature, dtype),
-            pull.to(dtype),
-        )
-        total, first = torch.zeros_like(step.mass), torch.zeros_like(step.old)
+        through_mean, inward = Linear.pull(step, pull, dtype), to_points(step, temperature, dtype)
+        outward, values = pull.to(dtype).mT, step.new.to(dtype)
+        sums = step.old.new_zeros(*step.old.shape[:2], 2)
         for columns, points, attended in self._attended(step.old):
             logits = through_softmax_(through_mean.of(points), attended)
-            q[..., columns] += torch.baddbmm(outward.mT @ attended, inward, logits)
-            _add(total, first, logits, points, self.weights[..., columns])
+            q[..., columns] += torch.baddbmm(torch.bmm(outward, attended), inward, logits)
+            sums += _sums_over(self._counted[..., columns], logits)
             if grads is not None:
-                _add(total, first, _through_output(step, attended), points, grads[..., columns])
-        return to_centroids(total, first, step, temperature)
+                sums += _sums_over(grads[..., columns], _through_output(values, attended))
+        return to_centroids(sums[..., :1], sums[..., 1:], step, temperature)
 
     def _linearize(self, step: Step, slope: Tensor, grads: Tensor) -> Linearized:
         """Take derivatives at the last step, as if it had moved nothing."""
-        total, first = torch.zeros_like(step.mass), torch.zeros_like(step.old)
+        sums = step.old.new_zeros(*step.old.shape[:2], 2)
         jacobian = step.new.new_zeros(*step.new.shape[:2], step.new.shape[1])
         for columns, points, attended in self._attended(step.old):
-            _add(total, first, _through_output(step, attended), points, grads[..., columns])
-            jacobian += mean_jacobian(points, attended, self.weights[..., columns], step)
-        slope = slope + to_centroids(total, first, step, self.scaled.temperature)
+            sums += _sums_over(grads[..., columns], _through_output(step.new.to(points.dtype), attended))
+            jacobian += mean_jacobian(points, attended, self._weights[..., columns], step)
+        slope = slope + to_centroids(sums[..., :1], sums[..., 1:], step, self.scaled.temperature)
         return Linearized(slope, jacobian * (2 / self.scaled.temperature))
 
     def _sums(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
         """Masses and attention-weighted sums."""
-        mass, first = torch.zeros_like(centroids), torch.zeros_like(centroids)
-        for columns, points, attended in self._attended(centroids):
-            _add(mass, first, attended, points, self.weights[..., columns])
-        return mass, first
+        sums = centroids.new_zeros(*centroids.shape[:2], 2)
+        for columns, _, attended in self._attended(centroids):
+            sums += _sums_over(self._counted[..., columns], attended)
+        return sums[..., :1], sums[..., 1:]
 
     def _attended(self, centroids: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield slices of the points with their attention `(groups, k, n)`."""
+        found = next((attended for known, attended in self._kept if known is centroids), None)
+        if found is not None:
+            yield slice(None), self.points, found
+            return
         logits = Linear.logits(centroids, self.scaled.temperature, self.points.dtype)
         size = max(1, _ENTRIES // centroids.numel())
         for start in range(0, self.points.shape[2], size):
             columns = slice(start, start + size)
             points = self.points[..., columns]
-            yield columns, points, softmax_(logits.of(points))
+            attended = softmax_(logits.of(points))
+            if size >= self.points.shape[2]:
+                self._keep(centroids, attended)
+            yield columns, points, attended
+
+    def _keep(self, centroids: Tensor, attended: Tensor) -> None:
+        """Keep the attention of the latest centroids: what is used again, and the way back begins with it."""
+        self._kept = [*self._kept, (centroids, attended)][-(_ENTRIES // attended.numel()) :]
 
 
-def _add(total: Tensor, first: Tensor, values: Tensor, points: Tensor, weights: Tensor) -> None:
-    """Add weighted sums of values `(groups, k, n)`, and of them times the points."""
-    total += values @ weights.mT
-    first += values @ (weights * points).mT
+def _sums_over(weights: Tensor, values: Tensor) -> Tensor:
+    """Sum values `(groups, k, n)` times weights `(groups, m, n)` over the points, `(groups, k, m)`.
+
+    Products of this shape add up several partial sums; `values @ weights.mT` may add one number after another.
+    """
+    return torch.bmm(weights, values.mT).mT
 
 
-def _through_output(step: Step, attended: Tensor) -> Tensor:
-    """Return the derivative of the output in the logits."""
-    return through_softmax_(step.new.to(attended.dtype).expand_as(attended).clone(), attended)
-
-
-def output_at(points: Tensor, step: Step, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """Return f and f′ at points `(groups, 1, n)`, of the same shape."""
-    values = step.new.to(points.dtype)
-    logits, inward = Linear.logits(step.old, temperature, points.dtype), to_points(step, temperature, points.dtype)
-    f, slopes = torch.empty_like(points), torch.empty_like(points)
-    size = max(1, _ENTRIES // step.new.numel())
-    for part, value, slope in zip(*(each.split(size, dim=2) for each in (points, f, slopes)), strict=True):
-        attended = softmax_(logits.of(part))
-        value.copy_(values.mT @ attended)
-        slope.copy_(inward @ _through_output(step, attended))
-    return f, slopes
+def _through_output(values: Tensor, attended: Tensor) -> Tensor:
+    """Return the derivative of the output in the logits, from the centroids as values."""
+    return (values - torch.bmm(values.mT, attended)).mul_(attended)

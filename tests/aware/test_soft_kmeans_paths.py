@@ -124,7 +124,7 @@ def test_sixteen_million_weights_and_sixteen_clusters_hold_three_and_a_half_time
 
 @pytest.mark.parametrize("start", [spread_out(1, 256) + 1, normal(1, 256, 2)])
 def test_temporaries_keep_within_the_memory_they_may_take(monkeypatch, start):
-    monkeypatch.setattr(soft_kmeans_exact, "_CPU_ENTRIES", 1 << 30)
+    monkeypatch.setattr(soft_kmeans_exact, "_LEAST", 1 << 30)
     block = normal(1, 1 << 15) + (1 if start.dim() == 2 else 0)
     held = [extra_bytes(partial(step, block, start, memory=most), cuda=False) for most in (1 << 20, 1 << 24)]
     owned = 4 * 4 * block.numel()
@@ -153,7 +153,7 @@ def test_groups_stop_and_end_up_as_if_each_were_alone(n):
 
 
 def test_groups_too_sharp_for_float32_do_not_slow_down_the_others(monkeypatch):
-    monkeypatch.setattr(soft_kmeans_exact, "_CPU_ENTRIES", 1 << 10)
+    monkeypatch.setattr(soft_kmeans_exact, "_LEAST", 1 << 13)
     chosen = []
 
     class Spy(soft_kmeans_exact._Band):

@@ -1,0 +1,131 @@
+"""Bins of equal width for the elements of a block: which bin holds each element, and sums over the elements of bins.
+
+Passes go over a block in bands of groups, and over a band in pieces.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MOST_BINS = 1 << 16
+"""What a 16-bit number tells apart."""
+
+_PIECES = 16
+"""A pass works on at most this share, 1 / 16, of a block at a time, so that its temporaries are small beside it."""
+
+_LEAST_PIECE, MOST_PIECE = 1 << 15, 1 << 17
+"""Elements of a piece: what repays the calls, and what stays near a core. Counting builds little, and starts with a
+histogram of all bins: it takes the most."""
+
+
+class Bins(NamedTuple):
+    """Bins of equal width for the elements of every row of a block.
+
+    Args:
+        low: lower end of the first one, `(groups, 1)`, float32.
+        per_unit: bins per unit, `(groups, 1)`, float32.
+        count: of every row.
+    """
+
+    low: Tensor
+    per_unit: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, low: Tensor, high: Tensor, count: int) -> "Bins":
+        """Make the first and the last bin's middle the smallest and the largest element."""
+        per_unit = ((count - 1) / (high.double() - low.double())).float()
+        return cls((low.double() - 0.5 / per_unit.double()).float(), per_unit, count)
+
+    def place(self, piece: Tensor, groups: slice) -> Tensor:
+        """Return how many bins lie below each element of some groups."""
+        return (piece - self.low[groups]).mul_(self.per_unit[groups])
+
+    def of_groups(self, groups: slice) -> "Bins":
+        """Return those of some groups."""
+        return Bins(self.low[groups], self.per_unit[groups], self.count)
+
+    def middles(self) -> Tensor:
+        """Middles of the bins, `(groups, bins)` in float32."""
+        return self.low + (torch.arange(self.count) + 0.5) / self.per_unit
+
+    def assign(self, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Find the bin of every element.
+
+        Returns:
+            Numbers of the bins, as [`unsigned`] reads them, shape of the block; how many elements each bin holds,
+            int64, `(groups, bins)`; and the sums of their distances from its middle, in bins, float32.
+        """
+        index = torch.empty(block.shape, dtype=torch.int16)
+        counts = torch.zeros(len(block), self.count, dtype=torch.int64)
+        moments = torch.zeros(counts.shape)
+        for rows, pieces in bands_of(block, index, least=MOST_PIECE):
+            for piece, target in pieces:
+                place = self.place(piece, rows)
+                number = place.int()
+                target.copy_(number)
+                counts[rows] += histogram(number, None, self.count)
+                moments[rows] += histogram(number, place.frac_(), self.count)
+        return index, counts, moments.sub_(counts, alpha=0.5)
+
+    def sums(self, block: Tensor, index: Tensor, values: Tensor, dtype: torch.dtype, moments: bool) -> list[Tensor]:
+        """Sum values over the elements of every bin, and on request values times distances from its middle, in bins.
+
+        Returns:
+            One or two tensors `(groups, bins)` of the dtype, in which sums are taken.
+        """
+        results = [torch.zeros(len(block), self.count, dtype=dtype) for _ in range(1 + moments)]
+        for rows, pieces in bands_of(block, index, values, least=MOST_PIECE):
+            for piece, numbers, part in pieces:
+                number, part = unsigned(numbers), part.to(dtype)
+                results[0][rows] += histogram(number, part, self.count)
+                if moments:
+                    distance = self.place(piece, rows).frac_().sub_(0.5)
+                    results[1][rows] += histogram(number, distance * part, self.count)
+        return results
+
+
+def bands_of(*parts: Tensor, least: int = _LEAST_PIECE) -> Iterator[tuple[slice, Iterator[tuple[Tensor, ...]]]]:
+    """Walk over blocks of one shape together, in bands of as many groups as make a piece, or of single groups.
+
+    Yields:
+        The slice of the groups, and an iterator over pieces of their columns, one view for each block.
+    """
+    groups, n = parts[0].shape
+    size = min(MOST_PIECE, max(least, groups * n // _PIECES))
+    rows = max(1, size // n)
+    for band in (slice(first, first + rows) for first in range(0, groups, rows)):
+        yield band, zip(*(part[band].split(size, dim=1) for part in parts), strict=True)
+
+
+def unsigned(numbers: Tensor) -> Tensor:
+    """Read the bits of 16-bit numbers as those of unsigned ones, int32: all indexing knows."""
+    return numbers.view(torch.int16).int().bitwise_and_(MOST_BINS - 1)
+
+
+def histogram(number: Tensor, weights: Tensor | None, bins: int) -> Tensor:
+    """Count, or sum weights, by numbers of bins `(rows, n)`: `(rows, bins)`."""
+    weights = None if weights is None else weights.reshape(-1)
+    return torch.bincount(_own(number, bins), weights, minlength=len(number) * bins).view(len(number), bins)
+
+
+def look_up(table: Tensor, number: Tensor) -> tuple[Tensor, ...]:
+    """Look up all columns of a table `(rows, bins, 1, 2 or 4)`, float32, by numbers of bins `(rows, n)`.
+
+    They are fetched at once, as one wide number.
+
+    Returns:
+        Strided tensors of the shape of the numbers.
+    """
+    wide = {1: torch.float32, 2: torch.int64, 4: torch.complex128}[table.shape[2]]
+    found = table.flatten(0, 1).view(wide)[:, 0].index_select(0, _own(number, table.shape[1]))
+    return found[:, None].view(torch.float32).view(*number.shape, -1).unbind(-1)
+
+
+def _own(number: Tensor, bins: int) -> Tensor:
+    """Tell the bins of different rows apart, `(rows · n,)`."""
+    if len(number) > 1:
+        number = number + torch.arange(len(number), dtype=torch.int32)[:, None] * bins
+    return number.reshape(-1)
