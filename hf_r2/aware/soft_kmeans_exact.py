@@ -16,19 +16,20 @@ from hf_r2.aware.soft_kmeans_steps import (
     Linear,
     Scaled,
     Step,
-    exponentials_,
     iterate,
+    softmax_,
     through_softmax_,
     to_centroids,
     to_points,
     unroll,
+    weighted_sum,
 )
 
 _LEAST, _MOST, _DEVICE = 1 << 19, 1 << 21, 1 << 28
 """Numbers that the temporaries of a piece hold: what repays the calls, more where that is small beside the block, and
 what fills a device."""
 
-_PER_CLUSTER, _PER_DIMENSION = 3, 9
+_PER_CLUSTER, _PER_DIMENSION = 3, 4
 """Numbers that are alive at a time for every point: for each cluster, and for each dimension and one more."""
 
 
@@ -81,22 +82,12 @@ class _Piece(NamedTuple):
     Args:
         columns: of the block.
         points: `(groups, d + 1, n)` in scaled units, followed by 1.
-        shares: attention times its sum over the clusters, `(groups, k, n)`.
-        inverse: of this sum, `(groups, 1, n)`.
+        attended: `(groups, k, n)`.
     """
 
     columns: slice
     points: Tensor
-    shares: Tensor
-    inverse: Tensor
-
-    def sums(self, values: Tensor, shares: Tensor | None = None) -> Tensor:
-        """Sum values `(groups, m, n)` times attention, or other shares, over the points: `(groups, k, m)`."""
-        return torch.bmm(values * self.inverse, (self.shares if shares is None else shares).mT).mT
-
-    def means(self, rows: Tensor) -> Tensor:
-        """Average rows `(groups, m, k)` by the attention at every point: `(groups, m, n)`."""
-        return torch.bmm(rows, self.shares).mul_(self.inverse)
+    attended: Tensor
 
 
 class _Band:
@@ -117,8 +108,7 @@ class _Band:
         for start in range(0, self.vectors, self.size):
             columns = slice(start * self.d, min((start + self.size) * self.d, self.block.shape[1]))
             points, self._kept = self._points(columns) if self._kept is None else self._kept[1].points, None
-            shares = exponentials_(logits.of(points[:, : self.d]))
-            piece = _Piece(columns, points, shares, shares.sum(dim=1, keepdim=True).reciprocal_())
+            piece = _Piece(columns, points, softmax_(logits.of(points[:, : self.d])))
             if self.size >= self.vectors:
                 self._kept = centroids, piece
             yield piece
@@ -144,16 +134,16 @@ class _Band:
     def sums(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
         """Masses and attention-weighted sums; see [`iterate`]."""
         sums = centroids.new_zeros(*centroids.shape[:2], self.d + 1)
-        for piece in self.attended(centroids):
-            sums += piece.sums(piece.points)
+        for _, points, attended in self.attended(centroids):
+            sums += weighted_sum(attended, points)
         return sums[..., self.d :], sums[..., : self.d]
 
     def write_output(self, step: Step, output: Tensor) -> None:
         """Write the soft weights under the last step."""
         values = step.new.to(self.dtype).mT
-        for piece in self.attended(step.old):
-            columns = piece.columns
-            output[:, columns] = _elements(self.scaled.outward(piece.means(values)), columns.stop - columns.start)
+        for columns, _, attended in self.attended(step.old):
+            means = torch.bmm(values, attended)
+            output[:, columns] = _elements(self.scaled.outward(means), columns.stop - columns.start)
 
     def write_gradient(self, steps: list[Step], grad: Tensor, implicit: bool, result: Tensor) -> None:
         """Write the block's gradient from the output's; it is summed in the arithmetic of the band."""
@@ -172,8 +162,8 @@ class _Band:
     def slope(self, step: Step, grad: Tensor) -> Tensor:
         """Return the gradient of the last centroids as values of the output."""
         slope = torch.zeros_like(step.new)
-        for piece in self.attended(step.old):
-            slope += piece.sums(self._vectors(grad, piece.columns, completed=False))
+        for columns, _, attended in self.attended(step.old):
+            slope += weighted_sum(attended, self._vectors(grad, columns, completed=False))
         return slope
 
     def back(self, step: Step, pull: Tensor, grad: Tensor | None, target: Tensor) -> Tensor:
@@ -188,33 +178,26 @@ class _Band:
         Returns:
             Gradient of the old centroids.
         """
-        # The attention's gradient is a product of rows of the clusters, and what each of them belongs to at the points
-        rows = torch.cat([*Linear.pull(step, pull, self.dtype)], dim=2)
-        if grad is not None:
-            rows = torch.cat([rows, step.new.to(self.dtype)], dim=2)
-        inward = to_points(step, self.scaled.temperature, self.dtype)
+        temperature, dtype = self.scaled.temperature, self.dtype
+        through_mean, values, slopes = Linear.pull(step, pull, dtype), step.new.to(dtype), pull.to(dtype).mT
+        inward = to_points(step, temperature, dtype)
         sums = step.old.new_zeros(*step.old.shape[:2], self.d + 1)
-        for piece in self.attended(step.old):
-            factors = piece.points
+        for columns, points, attended in self.attended(step.old):
+            logits = through_mean.of(points[:, : self.d])
             if grad is not None:
-                factors = torch.cat([factors, self._vectors(grad, piece.columns, completed=False)], dim=1)
-            means = piece.means(rows.mT)
-            mean = (means * factors).sum(dim=1, keepdim=True)
-            logits = torch.baddbmm(mean, rows, factors, beta=-1).mul_(piece.shares)
-            sums += piece.sums(piece.points, logits)
-            _add_elements(
-                target[:, piece.columns], torch.bmm(inward, logits).mul_(piece.inverse).add_(means[:, : self.d])
-            )
-        return to_centroids(sums[..., self.d :], sums[..., : self.d], step, self.scaled.temperature)
+                logits.baddbmm_(values, self._vectors(grad, columns, completed=False))
+            through_softmax_(logits, attended)
+            sums += weighted_sum(logits, points)
+            _add_elements(target[:, columns], torch.bmm(slopes, attended).baddbmm_(inward, logits))
+        return to_centroids(sums[..., self.d :], sums[..., : self.d], step, temperature)
 
     def linearize(self, step: Step, grad: Tensor) -> Linearized:
         """Take derivatives at the last step, as if it had moved nothing; scalars only."""
         values, jacobian = step.new.to(self.dtype), step.new.new_zeros(*step.new.shape[:2], step.new.shape[1])
         sums = step.old.new_zeros(*step.old.shape[:2], 2)
-        for piece in self.attended(step.old):
-            attended, points = piece.shares * piece.inverse, piece.points
-            logits = through_softmax_(values * self._vectors(grad, piece.columns, completed=False), attended)
-            sums += logits @ points.mT
+        for columns, points, attended in self.attended(step.old):
+            logits = through_softmax_(values * self._vectors(grad, columns, completed=False), attended)
+            sums += weighted_sum(logits, points)
             jacobian += mean_jacobian(points[:, :1], attended, None, step)
         slope = self.slope(step, grad) + to_centroids(sums[..., 1:], sums[..., :1], step, self.scaled.temperature)
         return Linearized(slope, jacobian * (2 / self.scaled.temperature))

@@ -20,6 +20,7 @@ from hf_r2.aware.soft_kmeans_steps import (
     to_centroids,
     to_points,
     unroll,
+    weighted_sum,
 )
 
 _ENTRIES = 1 << 17
@@ -71,7 +72,7 @@ class Nodes:
 
         slope = torch.zeros_like(steps[0].new)
         for columns, _, attended in self._attended(steps[0].old):
-            slope += _sums_over(grads[:, :1, columns], attended)
+            slope += weighted_sum(attended, grads[:, :1, columns])
         if implicit:
             self._back(steps[0], implicit_pull(steps[0], self._linearize(steps[0], slope, grads)), None, q)
         else:
@@ -91,9 +92,9 @@ class Nodes:
         for columns, points, attended in self._attended(step.old):
             logits = through_softmax_(through_mean.of(points), attended)
             q[..., columns] += torch.baddbmm(torch.bmm(outward, attended), inward, logits)
-            sums += _sums_over(self._counted[..., columns], logits)
+            sums += weighted_sum(logits, self._counted[..., columns])
             if grads is not None:
-                sums += _sums_over(grads[..., columns], _through_output(values, attended))
+                sums += weighted_sum(_through_output(values, attended), grads[..., columns])
         return to_centroids(sums[..., :1], sums[..., 1:], step, temperature)
 
     def _linearize(self, step: Step, slope: Tensor, grads: Tensor) -> Linearized:
@@ -101,7 +102,7 @@ class Nodes:
         sums = step.old.new_zeros(*step.old.shape[:2], 2)
         jacobian = step.new.new_zeros(*step.new.shape[:2], step.new.shape[1])
         for columns, points, attended in self._attended(step.old):
-            sums += _sums_over(grads[..., columns], _through_output(step.new.to(points.dtype), attended))
+            sums += weighted_sum(_through_output(step.new.to(points.dtype), attended), grads[..., columns])
             jacobian += mean_jacobian(points, attended, self._weights[..., columns], step)
         slope = slope + to_centroids(sums[..., :1], sums[..., 1:], step, self.scaled.temperature)
         return Linearized(slope, jacobian * (2 / self.scaled.temperature))
@@ -110,7 +111,7 @@ class Nodes:
         """Masses and attention-weighted sums."""
         sums = centroids.new_zeros(*centroids.shape[:2], 2)
         for columns, _, attended in self._attended(centroids):
-            sums += _sums_over(self._counted[..., columns], attended)
+            sums += weighted_sum(attended, self._counted[..., columns])
         return sums[..., :1], sums[..., 1:]
 
     def _attended(self, centroids: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -132,14 +133,6 @@ class Nodes:
     def _keep(self, centroids: Tensor, attended: Tensor) -> None:
         """Keep the attention of the latest centroids: what is used again, and the way back begins with it."""
         self._kept = [*self._kept, (centroids, attended)][-(_ENTRIES // attended.numel()) :]
-
-
-def _sums_over(weights: Tensor, values: Tensor) -> Tensor:
-    """Sum values `(groups, k, n)` times weights `(groups, m, n)` over the points, `(groups, k, m)`.
-
-    Products of this shape add up several partial sums; `values @ weights.mT` may add one number after another.
-    """
-    return torch.bmm(weights, values.mT).mT
 
 
 def _through_output(values: Tensor, attended: Tensor) -> Tensor:
