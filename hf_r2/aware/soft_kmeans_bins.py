@@ -66,8 +66,8 @@ class Bins(NamedTuple):
                 place = self.place(piece, rows)
                 number = place.int()
                 target.copy_(number)
-                counts[rows] += histogram(number, None, self.count)
-                moments[rows] += histogram(number, place.frac_(), self.count)
+                counts[rows].add_(histogram(number, None, self.count))
+                moments[rows].add_(histogram(number, place.frac_(), self.count))
         return index, counts, moments.sub_(counts, alpha=0.5)
 
     def sums(self, block: Tensor, index: Tensor, values: Tensor, dtype: torch.dtype, moments: bool) -> list[Tensor]:
@@ -79,11 +79,11 @@ class Bins(NamedTuple):
         results = [torch.zeros(len(block), self.count, dtype=dtype) for _ in range(1 + moments)]
         for rows, pieces in bands_of(block, index, values, least=MOST_PIECE):
             for piece, numbers, part in pieces:
-                number, part = unsigned(numbers), part.to(dtype)
-                results[0][rows] += histogram(number, part, self.count)
+                number, part = unsigned(numbers, self.count), part.to(dtype)
+                results[0][rows].add_(histogram(number, part, self.count))
                 if moments:
                     distance = self.place(piece, rows).frac_().sub_(0.5)
-                    results[1][rows] += histogram(number, distance * part, self.count)
+                    results[1][rows].add_(histogram(number, distance * part, self.count))
         return results
 
 
@@ -100,9 +100,9 @@ def bands_of(*parts: Tensor, least: int = _LEAST_PIECE) -> Iterator[tuple[slice,
         yield band, zip(*(part[band].split(size, dim=1) for part in parts), strict=True)
 
 
-def unsigned(numbers: Tensor) -> Tensor:
-    """Read the bits of 16-bit numbers as those of unsigned ones, int32: all indexing knows."""
-    return numbers.view(torch.int16).int().bitwise_and_(MOST_BINS - 1)
+def unsigned(numbers: Tensor, count: int = MOST_BINS) -> Tensor:
+    """Read 16-bit numbers below a count as unsigned ones, int32: all indexing knows."""
+    return numbers.int().bitwise_and_(MOST_BINS - 1) if count > MOST_BINS // 2 else numbers.int()
 
 
 def histogram(number: Tensor, weights: Tensor | None, bins: int) -> Tensor:
@@ -111,17 +111,21 @@ def histogram(number: Tensor, weights: Tensor | None, bins: int) -> Tensor:
     return torch.bincount(_own(number, bins), weights, minlength=len(number) * bins).view(len(number), bins)
 
 
-def look_up(table: Tensor, number: Tensor) -> tuple[Tensor, ...]:
-    """Look up all columns of a table `(rows, bins, 1, 2 or 4)`, float32, by numbers of bins `(rows, n)`.
+class LookUp:
+    """Looks up all columns of a table at once, as one wide number.
 
-    They are fetched at once, as one wide number.
-
-    Returns:
-        Strided tensors of the shape of the numbers.
+    Args:
+        table: `(rows, bins, 1, 2 or 4)`, float32.
     """
-    wide = {1: torch.float32, 2: torch.int64, 4: torch.complex128}[table.shape[2]]
-    found = table.flatten(0, 1).view(wide)[:, 0].index_select(0, _own(number, table.shape[1]))
-    return found[:, None].view(torch.float32).view(*number.shape, -1).unbind(-1)
+
+    def __init__(self, table: Tensor) -> None:
+        self.bins, columns = table.shape[1:]
+        self._table = table.view(-1).view({1: torch.float32, 2: torch.int64, 4: torch.complex128}[columns])
+
+    def __call__(self, number: Tensor) -> tuple[Tensor, ...]:
+        """Return what each column holds for numbers of bins `(rows, n)`, strided, of their shape."""
+        found = self._table.index_select(0, _own(number, self.bins))
+        return found.view(torch.float32).view(*number.shape, -1).unbind(-1)
 
 
 def _own(number: Tensor, bins: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_r2.aware.soft_kmeans_bins import MOST_BINS, MOST_PIECE, bands_of, histogram, look_up, unsigned
+from hf_r2.aware.soft_kmeans_bins import MOST_BINS, MOST_PIECE, LookUp, bands_of, histogram, unsigned
 from hf_r2.aware.soft_kmeans_nodes import Nodes
 from hf_r2.aware.soft_kmeans_steps import Scaled, Step
 
@@ -46,7 +46,7 @@ def distinguish(block: Tensor, start: Tensor, scaled: Scaled) -> Distinct | None
     counts = torch.zeros(MOST_BINS, dtype=torch.int64)
     for _, pieces in bands_of(block, least=MOST_PIECE):
         for (piece,) in pieces:
-            counts += histogram(unsigned(piece), None, MOST_BINS)[0]
+            counts += histogram(_patterns(piece), None, MOST_BINS)[0]
     pattern = counts.nonzero()[:, 0]
     values = torch.arange(MOST_BINS, dtype=torch.int32).to(torch.int16).view(block.dtype)[pattern]
     points = scaled.inward(values.double()[None, None]).to(scaled.arithmetic(block))
@@ -68,7 +68,7 @@ class DistinctSoftKMeans(torch.autograd.Function):
         output = torch.empty(block.shape, dtype=block.dtype)
         for _, pieces in bands_of(block, output):
             for piece, target in pieces:
-                torch.index_select(table, 0, unsigned(piece)[0], out=target[0])
+                torch.index_select(table, 0, _patterns(piece)[0], out=target[0])
         return output
 
     @staticmethod
@@ -79,13 +79,18 @@ class DistinctSoftKMeans(torch.autograd.Function):
         sums = torch.zeros(MOST_BINS, dtype=torch.float64)
         for _, pieces in bands_of(block, grad, least=MOST_PIECE):
             for piece, part in pieces:
-                sums += histogram(unsigned(piece), part.double(), MOST_BINS)[0]
+                sums += histogram(_patterns(piece), part.double(), MOST_BINS)[0]
         table = torch.zeros(1, MOST_BINS, 2)
         table[0, pattern, 0] = slopes.float()
         table[0, pattern, 1] = nodes.gradient(steps, sums[pattern][None, None], ctx.implicit)[0, 0].float()
         result = torch.empty(block.shape, dtype=block.dtype)
+        look_up = LookUp(table)
         for _, pieces in bands_of(block, grad, result):
             for piece, part, target in pieces:
-                slope, own = look_up(table, unsigned(piece))
+                slope, own = look_up(_patterns(piece))
                 target.copy_(torch.addcmul(own, slope, part.float()))
         return result, None, None
+
+
+def _patterns(piece: Tensor) -> Tensor:
+    return unsigned(piece.view(torch.int16))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_r2.aware.soft_kmeans_bins import MOST_BINS, Bins, bands_of, look_up, unsigned
+from hf_r2.aware.soft_kmeans_bins import MOST_BINS, Bins, LookUp, bands_of, unsigned
 from hf_r2.aware.soft_kmeans_nodes import Nodes
 from hf_r2.aware.soft_kmeans_steps import Scaled, Step
 
@@ -66,9 +66,9 @@ class TableSoftKMeans(torch.autograd.Function):
         f, slopes = table.nodes.output(table.steps[0])
         f = table.nodes.scaled.outward(f.double())
         for rows, pieces in bands_of(block, table.index, output):
-            lines = _lines(f[rows], table.bins.of_groups(rows))
-            for piece, number, target in pieces:
-                constant, slope = look_up(lines, unsigned(number))
+            lines = LookUp(_lines(f[rows], table.bins.of_groups(rows)))
+            for piece, numbers, target in pieces:
+                constant, slope = lines(unsigned(numbers, table.bins.count))
                 _write(target, constant, slope, piece)
         # The index and f′ are saved as tensors, so that autograd can free them
         ctx.table, ctx.implicit = table._replace(index=None, offsets=None), implicit
@@ -85,9 +85,9 @@ class TableSoftKMeans(torch.autograd.Function):
         both = torch.cat([slopes, q], dim=1)
         result = torch.empty(block.shape, dtype=block.dtype)
         for rows, pieces in bands_of(block, index, grad, result):
-            lines = _lines(both[rows], table.bins.of_groups(rows))
-            for piece, number, part, target in pieces:
-                constant, slope, own_constant, own_slope = look_up(lines, unsigned(number))
+            lines = LookUp(_lines(both[rows], table.bins.of_groups(rows)))
+            for piece, numbers, part, target in pieces:
+                constant, slope, own_constant, own_slope = lines(unsigned(numbers, table.bins.count))
                 own = torch.addcmul(own_constant, own_slope, piece)
                 _write(target, own, torch.addcmul(constant, slope, piece), part)
         return result, None, None
@@ -176,11 +176,11 @@ def to_nodes(values: Tensor, moments: Tensor, offsets: Tensor) -> Tensor:
     """
     groups, bins = values.shape
     cells = bins // _BINS_PER_NODE
-    terms = values, moments, moments * offsets
-    spread = sum(term.view(groups, cells, -1) @ share for term, share in zip(terms, _cubic_terms(), strict=True))
+    terms = torch.stack([values, moments, moments * offsets], dim=1).view(groups, 3, cells, -1)
+    spread = torch.matmul(terms, torch.stack(_cubic_terms())).sum(dim=1)
     result = values.new_zeros(groups, 1, cells + 4)
-    for number in range(4):
-        result[:, 0, number + 1 : number + 1 + cells] += spread[..., number]
+    for number, share in enumerate(spread.unbind(-1)):
+        result[:, 0, number + 1 : number + 1 + cells].add_(share)
     return result
 
 
