@@ -61,7 +61,7 @@ class DKMOptions:
         """Return the temperature for 2^bits centroids of `cluster_dim` dimensions."""
         return self.temperature if self.temperature is not None else default_temperature(bits, cluster_dim)
 
-    def cluster(self, block: Tensor, centroids: Tensor, temperature: float) -> SoftKMeans:
+    def cluster(self, block: Tensor, centroids: Tensor, temperature: float, compiled: bool) -> SoftKMeans:
         """Call [`soft_kmeans`] with these options."""
         return soft_kmeans(
             block,
@@ -72,6 +72,7 @@ class DKMOptions:
             tolerance=self.tolerance,
             implicit=self.implicit,
             memory=self.memory,
+            compiled=compiled,
         )
 
     @classmethod
@@ -118,6 +119,7 @@ class DKM(Rounded):
         # What a step ends with becomes the next one's start once a gradient has passed: when the forward pass is
         # repeated before that (gradient checkpointing), it has to find the same start
         self.advance = True
+        self.compiled = False
         shape = (weight.T if transpose else weight).shape
         size, _ = palette.codebook_like(shape, settings)["lut"]
         for buffer in ("centroids", "first"):
@@ -146,6 +148,12 @@ class DKM(Rounded):
         self.masses.copy_(torch.full_like(self.masses, LEAST_MASS) if masses is None else masses)
         self.active = self.advance = True
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Fuse passes over the elements of large weights on a CPU with `torch.compile`; nothing else needs it."""
+        self.compiled = True
+
+    # Its steps depend on values that a compiler could only trace for one weight at a time
+    @torch.compiler.disable
     def forward(self, weight: Tensor) -> Tensor:
         """Return the soft weight in training, the compressed one in evaluation; both of the layout of the weight."""
         if not self.active or not self.training:
@@ -157,7 +165,7 @@ class DKM(Rounded):
         parts, ends, masses = [], [], []
         counts = group_counts(values.shape, self.settings.grain)
         for block, table in zip(blocks(values, self.settings.grain), self.first.clone().split(counts), strict=True):
-            soft = self.options.cluster(block, table, self.temperature)
+            soft = self.options.cluster(block, table, self.temperature, self.compiled)
             parts.append(soft.weights)
             ends.append(soft.centroids)
             masses.append(soft.masses)

@@ -47,6 +47,7 @@ def soft_kmeans(
     tolerance: float = 1e-4,
     implicit: bool = False,
     memory: int = 256 * 2**20,
+    compiled: bool = False,
 ) -> SoftKMeans:
     """Cluster every row of a block softly and replace its elements by attention-weighted means of the centroids.
 
@@ -69,6 +70,7 @@ def soft_kmeans(
         implicit: differentiate the fixed point instead of the iterations. Right if they have converged, so allow
             enough of them; only scalars with k ≤ 4.
         memory: bytes that temporaries of passes over all elements may take, about.
+        compiled: fuse passes over the elements of long rows on a CPU with `torch.compile`.
 
     Returns:
         Soft weights, centroids and masses.
@@ -87,7 +89,7 @@ def soft_kmeans(
     if distinct is not None:
         weights, (found, masses) = DistinctSoftKMeans.apply(block, distinct, implicit), distinct.steps[0][1:3]
     elif table is not None:
-        weights = TableSoftKMeans.apply(block, table, implicit)
+        weights = TableSoftKMeans.apply(block, table, implicit, compiled)
         found, masses = table.steps[0][1:3]
     else:
         weights, found, masses = ExactSoftKMeans.apply(block, start, scaled, implicit, memory)

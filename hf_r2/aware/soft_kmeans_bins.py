@@ -3,7 +3,7 @@
 Passes go over a block in bands of groups, and over a band in pieces.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -39,9 +39,9 @@ class Bins(NamedTuple):
         per_unit = ((count - 1) / (high.double() - low.double())).float()
         return cls((low.double() - 0.5 / per_unit.double()).float(), per_unit, count)
 
-    def place(self, piece: Tensor, groups: slice) -> Tensor:
-        """Return how many bins lie below each element of some groups."""
-        return (piece - self.low[groups]).mul_(self.per_unit[groups])
+    def place(self, piece: Tensor) -> Tensor:
+        """Return how many bins lie below each element."""
+        return (piece - self.low).mul_(self.per_unit)
 
     def of_groups(self, groups: slice) -> "Bins":
         """Return those of some groups."""
@@ -51,53 +51,61 @@ class Bins(NamedTuple):
         """Middles of the bins, `(groups, bins)` in float32."""
         return self.low + (torch.arange(self.count) + 0.5) / self.per_unit
 
-    def assign(self, block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Find the bin of every element.
+    def assign(self, pieces: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Write the number of every element's bin, as [`unsigned`] reads it.
+
+        Args:
+            pieces: of the elements, and of where to write to, int16; see [`bands_of`].
 
         Returns:
-            Numbers of the bins, as [`unsigned`] reads them, shape of the block; how many elements each bin holds,
-            int64, `(groups, bins)`; and the sums of their distances from its middle, in bins, float32.
+            How many elements each bin holds, and the sums of their distances from its middle, in bins;
+            `(groups, bins)`, float32.
         """
-        index = torch.empty(block.shape, dtype=torch.int16)
-        counts = torch.zeros(len(block), self.count, dtype=torch.int64)
-        moments = torch.zeros(counts.shape)
-        for rows, pieces in bands_of(block, index, least=MOST_PIECE):
-            for piece, target in pieces:
-                place = self.place(piece, rows)
-                number = place.int()
-                target.copy_(number)
-                counts[rows].add_(histogram(number, None, self.count))
-                moments[rows].add_(histogram(number, place.frac_(), self.count))
-        return index, counts, moments.sub_(counts, alpha=0.5)
+        counts, moments = torch.zeros(2, len(self.low), self.count).unbind()
+        for piece, target in pieces:
+            place = self.place(piece)
+            number = place.int()
+            target.copy_(number)
+            counts += histogram(number, None, self.count)
+            moments += histogram(number, place.frac_(), self.count)
+        return counts, moments.sub_(counts, alpha=0.5)
 
-    def sums(self, block: Tensor, index: Tensor, values: Tensor, dtype: torch.dtype, moments: bool) -> list[Tensor]:
+    def sums(
+        self, pieces: Iterable[tuple[Tensor, ...]], dtype: torch.dtype, moments: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Sum values over the elements of every bin, and on request values times distances from its middle, in bins.
 
+        Args:
+            pieces: of the elements, the numbers of their bins, and the values.
+            dtype: in which sums are taken.
+            moments: whether to sum values times distances.
+
         Returns:
-            One or two tensors `(groups, bins)` of the dtype, in which sums are taken.
+            Sums `(groups, bins)` of the dtype.
         """
-        results = [torch.zeros(len(block), self.count, dtype=dtype) for _ in range(1 + moments)]
-        for rows, pieces in bands_of(block, index, values, least=MOST_PIECE):
-            for piece, numbers, part in pieces:
-                number, part = unsigned(numbers, self.count), part.to(dtype)
-                results[0][rows].add_(histogram(number, part, self.count))
-                if moments:
-                    distance = self.place(piece, rows).frac_().sub_(0.5)
-                    results[1][rows].add_(histogram(number, distance * part, self.count))
-        return results
+        sums, firsts = torch.zeros(2, len(self.low), self.count, dtype=dtype).unbind()
+        for piece, numbers, part in pieces:
+            number, part = unsigned(numbers, self.count), part.to(dtype)
+            sums += histogram(number, part, self.count)
+            if moments:
+                firsts += histogram(number, self.place(piece).frac_().sub_(0.5) * part, self.count)
+        return sums, firsts if moments else None
 
 
-def bands_of(*parts: Tensor, least: int = _LEAST_PIECE) -> Iterator[tuple[slice, Iterator[tuple[Tensor, ...]]]]:
+def bands_of(
+    *parts: Tensor, least: int = _LEAST_PIECE, whole: bool = False
+) -> Iterator[tuple[slice, Iterator[tuple[Tensor, ...]]]]:
     """Walk over blocks of one shape together, in bands of as many groups as make a piece, or of single groups.
 
     Yields:
-        The slice of the groups, and an iterator over pieces of their columns, one view for each block.
+        The slice of the groups, and an iterator over pieces of their columns, or one of all if they are to be whole:
+        one view for each block.
     """
     groups, n = parts[0].shape
     size = min(MOST_PIECE, max(least, groups * n // _PIECES))
     rows = max(1, size // n)
     for band in (slice(first, first + rows) for first in range(0, groups, rows)):
-        yield band, zip(*(part[band].split(size, dim=1) for part in parts), strict=True)
+        yield band, zip(*(part[band].split(n if whole else size, dim=1) for part in parts), strict=True)
 
 
 def unsigned(numbers: Tensor, count: int = MOST_BINS) -> Tensor:

@@ -38,8 +38,7 @@ class Nodes:
 
     def __init__(self, points: Tensor, weights: Tensor, scaled: Scaled) -> None:
         self.points, self.scaled = points, scaled
-        self._weights = weights.to(points.dtype)
-        self._counted = self._with_moments(self._weights)
+        self._counted = self._with_moments(weights.to(points.dtype))
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     def iterate(self, start: Tensor) -> list[Step]:
@@ -103,7 +102,7 @@ class Nodes:
         jacobian = step.new.new_zeros(*step.new.shape[:2], step.new.shape[1])
         for columns, points, attended in self._attended(step.old):
             sums += weighted_sum(_through_output(step.new.to(points.dtype), attended), grads[..., columns])
-            jacobian += mean_jacobian(points, attended, self._weights[..., columns], step)
+            jacobian += mean_jacobian(points, attended, self._counted[:, :1, columns], step)
         slope = slope + to_centroids(sums[..., :1], sums[..., 1:], step, self.scaled.temperature)
         return Linearized(slope, jacobian * (2 / self.scaled.temperature))
 

@@ -10,11 +10,13 @@ import math
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_r2.aware.soft_kmeans_bins import MOST_BINS, Bins, LookUp, bands_of, unsigned
+from hf_r2.aware.soft_kmeans_bins import MOST_BINS, MOST_PIECE, Bins, bands_of
+from hf_r2.aware.soft_kmeans_lines import FusedLines, Lines
 from hf_r2.aware.soft_kmeans_nodes import Nodes
 from hf_r2.aware.soft_kmeans_steps import Scaled, Step
 
@@ -26,8 +28,8 @@ _BIN = 0.025
 
 _BINS_PER_NODE = 8
 
-_ELEMENTS_PER_BIN = {"few": 4, "many": 2}
-"""With fewer, passes over all elements cost no more than the tables; with many clusters, from 8 on, they cost more."""
+_ELEMENTS_PER_BIN = 2
+"""With fewer, passes over all elements cost no more than the tables."""
 
 _MANY = 1 << 18
 """Of this many elements, where in its bin each lies averages out in sums of the output's gradient."""
@@ -60,37 +62,34 @@ class TableSoftKMeans(torch.autograd.Function):
     """Soft weights of a block by a table that [`tabulate`] made."""
 
     @staticmethod
-    def forward(ctx: Any, block: Tensor, table: Table, implicit: bool) -> Tensor:
-        """Look up f, continued linearly."""
+    def forward(ctx: Any, block: Tensor, table: Table, implicit: bool, compiled: bool) -> Tensor:
+        """Evaluate f."""
         output = torch.empty(block.shape, dtype=block.dtype)
         f, slopes = table.nodes.output(table.steps[0])
-        f = table.nodes.scaled.outward(f.double())
-        for rows, pieces in bands_of(block, table.index, output):
-            lines = LookUp(_lines(f[rows], table.bins.of_groups(rows)))
-            for piece, numbers, target in pieces:
-                constant, slope = lines(unsigned(numbers, table.bins.count))
-                _write(target, constant, slope, piece)
+        _write(output, table.nodes.scaled.outward(f.double()), table.bins, compiled, table.index, block)
         # The index and f′ are saved as tensors, so that autograd can free them
-        ctx.table, ctx.implicit = table._replace(index=None, offsets=None), implicit
+        ctx.table, ctx.implicit, ctx.compiled = table._replace(index=None, offsets=None), implicit, compiled
         ctx.save_for_backward(block, table.index, table.offsets, slopes)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        """Look up f′ and q, both continued linearly."""
+        """Evaluate f′ and q."""
         block, index, offsets, slopes = ctx.saved_tensors
         table = ctx.table._replace(index=index, offsets=offsets)
         q = table.nodes.gradient(table.steps, _sums(table, block, grad), ctx.implicit)
-        both = torch.cat([slopes, q], dim=1)
         result = torch.empty(block.shape, dtype=block.dtype)
-        for rows, pieces in bands_of(block, index, grad, result):
-            lines = LookUp(_lines(both[rows], table.bins.of_groups(rows)))
-            for piece, numbers, part, target in pieces:
-                constant, slope, own_constant, own_slope = lines(unsigned(numbers, table.bins.count))
-                own = torch.addcmul(own_constant, own_slope, piece)
-                _write(target, own, torch.addcmul(constant, slope, piece), part)
-        return result, None, None
+        _write(result, torch.cat([slopes, q], dim=1), table.bins, ctx.compiled, index, block, grad)
+        return result, None, None, None
+
+
+def _write(target: Tensor, values: Tensor, bins: Bins, compiled: bool, *parts: Tensor) -> None:
+    """Evaluate functions given by their values at the nodes, `(groups, 1 or 2, nodes)`; see [`Lines.write`]."""
+    for rows, pieces in bands_of(target, *parts, whole=compiled):
+        lines = (FusedLines if compiled else Lines)(_lines(values[rows], bins.of_groups(rows)))
+        for piece in pieces:
+            lines.write(*piece)
 
 
 def tabulate(block: Tensor, start: Tensor, scaled: Scaled) -> Table | None:
@@ -110,8 +109,7 @@ def tabulate(block: Tensor, start: Tensor, scaled: Scaled) -> Table | None:
     if not bool(((reach > largest / 2) & (reach > 1e-30) & (largest < 1e30)).all()):
         return None
     wanted = _bins_for([Step(start, start, start, None)], reach, scaled)
-    enough = block.shape[1] // _ELEMENTS_PER_BIN["few" if start.shape[1] < 8 else "many"]
-    most = min(MOST_BINS, _whole_cells(enough))
+    most = min(MOST_BINS, _whole_cells(block.shape[1] / _ELEMENTS_PER_BIN))
     while 0 < most >= wanted:
         # Centroids may drift apart: bins to spare cost less than a second run
         count = min(max(_whole_cells(wanted * 9 / 8), LEAST_BINS), most)
@@ -124,13 +122,14 @@ def tabulate(block: Tensor, start: Tensor, scaled: Scaled) -> Table | None:
 
 def _bins_for(steps: list[Step], reach: Tensor, scaled: Scaled) -> int:
     """Count the bins that resolve the attention of all steps over the reach of the elements."""
-    centroids = torch.stack([step.old[..., 0] for step in steps]).sort(dim=2).values
-    temperature = scaled.temperature[:, 0]
-    gap = centroids.diff(dim=2, prepend=centroids[..., :1]).amax(dim=(0, 2))[:, None]
-    span = (centroids[..., -1] - centroids[..., 0]).amax(dim=0)[:, None]
+    # NumPy, because these are many operations on few numbers
+    centroids = np.sort(torch.stack([step.old[..., 0] for step in steps]).numpy(), axis=2)
+    temperature, scale = (each[:, 0, 0].numpy() for each in (scaled.temperature, scaled.scale))
+    gap = np.diff(centroids, axis=2, prepend=centroids[..., :1]).max(axis=(0, 2))
+    span = (centroids[..., -1] - centroids[..., 0]).max(axis=0)
     # A logit changes fastest between neighbours far apart, or across as many as share one temperature
-    slope = torch.maximum(2 * gap / temperature, torch.minimum(2 * span / temperature, 2 / temperature.sqrt()))
-    bins = float((reach / scaled.scale[:, 0] * slope).max()) / _BIN
+    slope = np.maximum(2 * gap / temperature, np.minimum(2 * span / temperature, 2 / np.sqrt(temperature)))
+    bins = float((reach[:, 0].numpy() / scale * slope).max()) / _BIN
     return _whole_cells(bins + _BINS_PER_NODE) if bins else 0
 
 
@@ -139,11 +138,15 @@ def _whole_cells(bins: float) -> int:
 
 
 def _run(block: Tensor, start: Tensor, scaled: Scaled, bins: Bins) -> Table:
-    index, counts, moments = bins.assign(block)
-    crowded = bool((counts > block.shape[1] / _CROWD).any())
-    offsets = moments / counts.clamp_min(1)
+    index, offsets = torch.empty(block.shape, dtype=torch.int16), torch.empty(len(block), bins.count)
     points = scaled.inward(_node_values(bins)).to(scaled.arithmetic(block))
-    nodes = Nodes(points, to_nodes(counts.float(), moments, offsets), scaled)
+    weights, crowded = torch.empty_like(points), False
+    for rows, pieces in bands_of(block, index, least=MOST_PIECE):
+        counts, moments = bins.of_groups(rows).assign(pieces)
+        torch.div(moments, counts.clamp_min(1), out=offsets[rows])
+        weights[rows] = to_nodes(counts, moments, offsets[rows])
+        crowded = crowded or counts.max().item() > block.shape[1] / _CROWD
+    nodes = Nodes(points, weights, scaled)
     return Table(index, bins, offsets, crowded, nodes, nodes.iterate(start))
 
 
@@ -156,8 +159,12 @@ def _node_values(bins: Bins) -> Tensor:
 def _sums(table: Table, block: Tensor, grad: Tensor) -> Tensor:
     """Sum the output's gradient over what the nodes stand for; see [`to_nodes`]."""
     few, dtype = block.shape[1] < _MANY, torch.float64 if table.crowded else torch.float32
-    sums = table.bins.sums(block, table.index, grad, dtype, moments=few)
-    return to_nodes(sums[0].float(), (sums[1] if few else table.offsets * sums[0]).float(), table.offsets)
+    result = torch.empty_like(table.nodes.points)
+    for rows, pieces in bands_of(block, table.index, grad, least=MOST_PIECE):
+        sums, moments = table.bins.of_groups(rows).sums(pieces, dtype, moments=few)
+        offsets = table.offsets[rows]
+        result[rows] = to_nodes(sums.float(), (moments if few else offsets * sums).float(), offsets)
+    return result
 
 
 def to_nodes(values: Tensor, moments: Tensor, offsets: Tensor) -> Tensor:
@@ -176,21 +183,22 @@ def to_nodes(values: Tensor, moments: Tensor, offsets: Tensor) -> Tensor:
     """
     groups, bins = values.shape
     cells = bins // _BINS_PER_NODE
-    terms = torch.stack([values, moments, moments * offsets], dim=1).view(groups, 3, cells, -1)
-    spread = torch.matmul(terms, torch.stack(_cubic_terms())).sum(dim=1)
-    result = values.new_zeros(groups, 1, cells + 4)
-    for number, share in enumerate(spread.unbind(-1)):
+    spread = torch.zeros(groups * cells, 4)
+    for term, share in zip((values, moments, moments * offsets), _cubic_terms(), strict=True):
+        spread.addmm_(term.view(-1, _BINS_PER_NODE), share)
+    result = torch.zeros(groups, 1, cells + 4)
+    for number, share in enumerate(spread.view(groups, cells, 4).unbind(-1)):
         result[:, 0, number + 1 : number + 1 + cells].add_(share)
     return result
 
 
 @cache
-def _cubic_terms() -> tuple[Tensor, ...]:
+def _cubic_terms() -> Tensor:
     """Shares of the four nodes around a bin in a value there, cubic, as a Taylor polynomial of second order.
 
     Returns:
-        Coefficients of the distance from the bin's middle, in bins, to the power 0, 1 and 2, `(bins, 4)` each for the
-        bins between two nodes.
+        Coefficients of the distance from the bin's middle, in bins, to the power 0, 1 and 2, for the bins between two
+        nodes: `(powers, bins, 4)`.
     """
     t = torch.arange(_BINS_PER_NODE, device="cpu") / _BINS_PER_NODE
     before, after, second = t + 1, t - 1, t - 2
@@ -203,7 +211,8 @@ def _cubic_terms() -> tuple[Tensor, ...]:
     ]
     bends = [1 - t, 3 * t - 2, 1 - 3 * t, t]
     scales = 1, 1 / _BINS_PER_NODE, 1 / (2 * _BINS_PER_NODE**2)
-    return tuple(torch.stack(term, dim=1) * scale for term, scale in zip((shares, slopes, bends), scales, strict=True))
+    terms = [torch.stack(term, dim=1) * scale for term, scale in zip((shares, slopes, bends), scales, strict=True)]
+    return torch.stack(terms)
 
 
 def _lines(values: Tensor, bins: Bins) -> Tensor:
@@ -216,17 +225,21 @@ def _lines(values: Tensor, bins: Bins) -> Tensor:
     Returns:
         Constant and slope of every function in every bin, `(groups, bins, 2 m)`, float32.
     """
-    around = values.float().unfold(2, 4, 1)[:, :, 1:]
-    middle, slope = (around @ term.T for term in _cubic_terms()[:2])
-    lines = torch.empty(*values.shape[:2], 2, bins.count)
-    torch.mul(slope.flatten(2), bins.per_unit[:, None], out=lines[:, :, 1])
-    torch.addcmul(middle.flatten(2), lines[:, :, 1], bins.middles()[:, None], value=-1, out=lines[:, :, 0])
-    return lines.flatten(1, 2).mT.contiguous()
+    groups, functions = values.shape[:2]
+    around = values.float().unfold(2, 4, 1)[:, :, 1:].transpose(1, 2).reshape(-1, 4 * functions)
+    lines = (around @ _line_terms(functions)).view(groups, bins.count, functions, 2)
+    slopes = lines[..., 1].mul_(bins.per_unit[..., None])
+    lines[..., 0].addcmul_(slopes, bins.middles()[..., None], value=-1)
+    return lines.flatten(2)
 
 
-def _write(target: Tensor, constant: Tensor, slope: Tensor, values: Tensor) -> None:
-    """Write `constant + slope · values` straight to its place in float32, or round it."""
-    if target.dtype == torch.float32:
-        torch.addcmul(constant, slope, values, out=target)
-    else:
-        target.copy_(torch.addcmul(constant, slope, values))
+@cache
+def _line_terms(functions: int) -> Tensor:
+    """Find what takes functions at the four nodes around a cell to values and slopes, per bin, amid its bins.
+
+    Returns:
+        `(4 · functions, bins · functions · 2)` for the bins between two nodes.
+    """
+    terms = _cubic_terms()[:2].permute(2, 1, 0)  # nodes, bins, value and slope
+    separate = torch.eye(functions, device="cpu")[:, None, None, :, None] * terms[None, :, :, None]
+    return separate.reshape(4 * functions, -1)

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from hf_r2.aware.dkm import DKM
 from hf_r2.aware.ewgs import HESSIAN
 from hf_r2.aware.ewgs_delta import small_batches, update_deltas
 from hf_r2.quantization import R2QuantizationConfig, attach, attached, compress, finalize, start_compression
@@ -50,11 +51,14 @@ class TrainedCompression:
         self._begun = self.deltas_are_due = False
         self._warned: set[str] = set()
 
-    def attach(self, model: nn.Module) -> None:
-        """Parametrize a model that is not yet."""
+    def attach(self, model: nn.Module, compiled: bool) -> None:
+        """Parametrize a model that is not yet; on request passes over its weights are fused."""
         if self.config.aware and not attached(model):
             attach(model, self.config, start=False)
             self._begun = False
+        for _, step in attached(model).values() if compiled else ():
+            if isinstance(step, DKM):
+                step.compile()
 
     def step(self, model: nn.Module, progress: float, new_epoch: bool) -> None:
         """Begin, once training has come far enough: progress is in 0–1."""

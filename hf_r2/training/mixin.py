@@ -152,7 +152,7 @@ class R2Mixin(PublishingMixin, ResumingMixin):
             temperature, share = self.args.r2_distillation_temperature, self.args.r2_distillation_share
             self.distillation = Distillation(self.teacher, temperature, share, shifted=scores_next_token(model))
         if self.compression is not None:
-            self.compression.attach(model)
+            self.compression.attach(model, compiled=self.args.torch_compile)
         if self.args.r2_mode == "none" or self.args.r2_strength == 0:
             return
         options = {

@@ -38,7 +38,7 @@ from hf_r2.report.tables import markdown_table
 
 BEGIN, END = "<!-- dkm -->", "<!-- end of dkm -->"
 TEMPERATURE, SPREAD, ITERATIONS, MANY = 1e-4, 0.03, 3, 20
-DENSE, OURS, OURS_MANY = "dense", "ours", "ours, 20 iterations"
+DENSE, OURS, OURS_FUSED, OURS_MANY = "dense", "ours", "ours, fused", "ours, 20 iterations"
 PEER, PEER_BATCH, PEER_DEFAULT = "coremltools", "coremltools, batch mode", "coremltools, defaults"
 PEER_EXACT = "coremltools, prune_threshold 0"
 BLOCK_MS, LEAST_ROUNDS, MOST_ROUNDS = 250, 3, 15
@@ -67,6 +67,11 @@ class Case(NamedTuple):
     def groups(self) -> int:
         """How many look-up tables there are."""
         return self.width // (self.rows or self.width)
+
+    @property
+    def tables(self) -> bool:
+        """Whether there are look-up tables of enough scalars for ours to have passes that can be fused."""
+        return self.dim == 1 and self.rows != 1
 
     @property
     def scalar(self) -> bool:
@@ -100,16 +105,15 @@ def random_layer(rows: int, columns: int) -> nn.Linear:
 class SoftWeight(nn.Module):
     """Parametrization by `soft_kmeans` of row groups, which begins where the last step ended."""
 
-    def __init__(self, centroids: Tensor, iterations: int) -> None:
+    def __init__(self, centroids: Tensor, iterations: int, compiled: bool = False) -> None:
         super().__init__()
         self.centroids = centroids.squeeze(2) if centroids.shape[2] == 1 else centroids
-        self.iterations = iterations
+        self.options = {"absolute": True, "iterations": iterations, "tolerance": 0.0, "compiled": compiled}
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the soft weight."""
         block = weight.view(len(self.centroids), -1)
-        options = {"absolute": True, "iterations": self.iterations, "tolerance": 0.0}
-        soft = soft_kmeans(block, self.centroids, TEMPERATURE, **options)
+        soft = soft_kmeans(block, self.centroids, TEMPERATURE, **self.options)
         self.centroids = soft.centroids.detach()
         return soft.weights.view_as(weight)
 
@@ -132,11 +136,14 @@ def layer_step(case: Case, variant: str, options: Mapping[str, Any]) -> Call:
     return step
 
 
-def palettize_ours(model: nn.Module, bits: int) -> int:
+def palettize_ours(model: nn.Module, bits: int, compiled: bool = False) -> int:
     """Attach DKM to a whole model; return how many elements it palettizes."""
     options = {"temperature": TEMPERATURE, "absolute": True, "iterations": ITERATIONS, "tolerance": 0.0}
     attach(model, R2QuantizationConfig("palette", bits, "tensor", aware="dkm", aware_options=options))
     layers = [module for module in model.modules() if parametrize.is_parametrized(module, "weight")]
+    if compiled:
+        for layer in layers:
+            layer.parametrizations.weight[0].compile()
     return sum(layer.parametrizations.weight.original.numel() for layer in layers)
 
 
@@ -152,7 +159,7 @@ def model_step(bits: int, palettize: Callable[[nn.Module, int], int] | None, nam
     model.train()
     expected = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d))
     if palettize and palettize(model, bits) != expected:
-        raise RuntimeError(f"{palettize.__name__} left weights of {name} dense, so its time would say nothing")
+        raise RuntimeError(f"weights of {name} were left dense, so its time would say nothing")
     # Learning rate 0: the same work, and the weights stay as they are
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
 
@@ -264,6 +271,7 @@ def layer_variants(case: Case, ours: Call, peer: Call | None) -> dict[str, Varia
     variants: dict[str, tuple[Call | None, dict[str, Any]]] = {
         DENSE: (ours, {}),
         OURS: (ours, {"iterations": ITERATIONS}),
+        **({OURS_FUSED: (ours, {"iterations": ITERATIONS, "compiled": True})} if case.tables else {}),
         OURS_MANY: (ours, {"iterations": MANY}),
         PEER: (peer, dkm_peer.FORCED),
         PEER_DEFAULT: (peer, {}),
@@ -281,6 +289,7 @@ def model_variants(bits: int, ours: Call, peer: Call) -> dict[str, Variant]:
     return {
         DENSE: Variant(ours, model_step, (bits, None)),
         OURS: Variant(ours, model_step, (bits, palettize_ours)),
+        OURS_FUSED: Variant(ours, model_step, (bits, partial(palettize_ours, compiled=True))),
         PEER: Variant(peer, model_step, (bits, palettize_peer)),
     }
 
@@ -318,17 +327,19 @@ def at_most(value: float, bar: float) -> tuple[str, str]:
 
 def speed_table(layers: Iterable[Mapping[str, Any]], threads: int) -> str:
     """How many times longer coremltools takes, without and with the dense step, and the times."""
-    header = ("layer", "bar", "verdict", "× longer", "whole step", "ours ms", PEER, "batch mode", "defaults", "rounds")
+    header = ("layer", "bar", "verdict", "× longer", "fused", "verdict", "whole step", "ours ms", "fused")
+    header += (PEER, "batch mode", "defaults", "rounds")
     rows = []
     for layer in layers:
         ms = layer["ms"]
-        peer = min(ms[PEER], ms.get(PEER_BATCH, ms[PEER]))
-        longer = (peer - ms[DENSE]) / (ms[OURS] - ms[DENSE])
-        ratios = f"{longer:.1f}", f"{peer / ms[OURS]:.1f}"
-        batch = f"{ms[PEER_BATCH]:.0f}" if PEER_BATCH in ms else ""
-        times = f"{ms[OURS]:.1f}", f"{ms[PEER]:.0f}", batch, f"{ms[PEER_DEFAULT]:.0f}"
-        verdict = at_least(longer, layer["faster"][min(threads, 2) - 1])
-        rows.append((layer["case"], *verdict, *ratios, *times, str(layer["rounds"])))
+        peer, dense = min(ms[PEER], ms.get(PEER_BATCH, ms[PEER])), ms[DENSE]
+        bar = layer["faster"][min(threads, 2) - 1]
+        longer, fused = ((peer - dense) / (ms[name] - dense) if name in ms else None for name in (OURS, OURS_FUSED))
+        figures = [*at_least(longer, bar), f"{longer:.1f}"]
+        figures += [f"{fused:.1f}", at_least(fused, bar)[1]] if fused else ["", ""]
+        figures += [f"{peer / ms[OURS]:.1f}", f"{ms[OURS]:.1f}", f"{ms[OURS_FUSED]:.1f}" if fused else ""]
+        figures += [f"{ms[name]:.0f}" if name in ms else "" for name in (PEER, PEER_BATCH, PEER_DEFAULT)]
+        rows.append((layer["case"], *figures, str(layer["rounds"])))
     return markdown_table(header, rows)
 
 
@@ -348,15 +359,16 @@ def memory_table(layers: Iterable[Mapping[str, Any]]) -> str:
 
 def model_table(models: Iterable[Mapping[str, Any]]) -> str:
     """Step and peak memory of a whole model, in multiples of the dense step's."""
-    header = ("resnet18", "bar", "verdict", OURS, PEER, "× longer", "peak ours", PEER, "bar", "verdict", "rounds")
+    header = ("resnet18", "bar", "verdict", OURS, "fused", "verdict", PEER, "× longer", "peak ours", PEER)
+    header += ("bar", "verdict", "rounds")
     rows = []
     for model in models:
-        (step, peer), (held, peer_held) = (
-            [model[figure][name] / model[figure][DENSE] for name in (OURS, PEER)] for figure in ("ms", "bytes")
-        )
-        figures = f"{step:.2f}", f"{peer:.1f}", f"{(peer - 1) / (step - 1):.0f}", f"{held:.2f}", f"{peer_held:.1f}"
-        verdicts = at_most(step, MODEL_STEP[model["bits"]]), at_most(held, MODEL_PEAK)
-        rows.append((f"{model['bits']} bit", *verdicts[0], *figures, *verdicts[1], str(model["rounds"])))
+        step, fused, peer = (model["ms"][name] / model["ms"][DENSE] for name in (OURS, OURS_FUSED, PEER))
+        held, peer_held = (model["bytes"][name] / model["bytes"][DENSE] for name in (OURS, PEER))
+        bar = MODEL_STEP[model["bits"]]
+        figures = [*at_most(step, bar), f"{step:.2f}", f"{fused:.2f}", at_most(fused, bar)[1], f"{peer:.1f}"]
+        figures += [f"{(peer - 1) / (step - 1):.0f}", f"{held:.2f}", f"{peer_held:.1f}", *at_most(held, MODEL_PEAK)]
+        rows.append((f"{model['bits']} bit", *figures, str(model["rounds"])))
     return markdown_table(header, rows)
 
 

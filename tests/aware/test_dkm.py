@@ -135,6 +135,21 @@ def test_a_weight_that_is_not_finite_is_named():
         make(torch.tensor([[1.0, float("nan")]]))
 
 
+def test_a_compiled_model_computes_the_same_and_leaves_soft_kmeans_out(weight, monkeypatch):
+    traced = []
+    apart = DKMOptions.cluster
+
+    def spy(*arguments):
+        traced.append(torch.compiler.is_compiling())
+        return apart(*arguments)
+
+    monkeypatch.setattr(DKMOptions, "cluster", spy)
+    steps = make(weight), make(weight)
+    found = torch.compile(lambda values: 2 * steps[0](values), backend="eager")(weight)
+    assert torch.equal(found, 2 * steps[1](weight))
+    assert traced == [False, False]
+
+
 def test_copies_are_independent(weight):
     step = make(weight)
     other = copy.deepcopy(step)

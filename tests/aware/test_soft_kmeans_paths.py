@@ -83,6 +83,26 @@ def test_centroids_that_drift_apart_get_finer_bins_than_their_start_asked_for():
         assert (one.double() - other).norm() <= 2e-5 * other.norm()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("block", "temperature"),
+    [
+        (normal(1, 1 << 17), 1e-4),
+        (normal(1, 1 << 17), 2e-5),
+        (normal(5, 1 << 15), 1e-4),
+        (normal(2, 1 << 16).half(), 1e-4),
+        (normal(1, 1 << 15).bfloat16(), 1e-4),
+    ],
+    ids=["one group", "more than 32,768 bins", "groups", "fp16", "bf16"],
+)
+def test_fused_passes_change_nothing(path, block, temperature):
+    start = spread_out(len(block), 4)
+    fused, eager = (step(block, start, temperature, compiled=compiled) for compiled in (True, False))
+    assert path() == "Table"
+    for one, other in zip(fused, eager, strict=True):
+        assert (one.double() - other.double()).norm() <= max(1e-5, torch.finfo(block.dtype).eps) * other.double().norm()
+
+
 @pytest.mark.parametrize("k", [2, 16])
 @pytest.mark.parametrize("iterations", [3, 20])
 def test_tables_hold_three_and_a_half_times_the_weight(path, k, iterations):

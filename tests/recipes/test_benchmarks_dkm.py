@@ -42,7 +42,8 @@ def assert_finite(found, names):
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
 def test_our_layers_have_finite_figures(case, tiny_model):
     found = benchmark.compare(benchmark.layer_variants(case, here, None), seconds=0.01)
-    assert_finite(found, [benchmark.DENSE, benchmark.OURS, benchmark.OURS_MANY])
+    fused = [benchmark.OURS_FUSED] if case.tables else []
+    assert_finite(found, [benchmark.DENSE, benchmark.OURS, *fused, benchmark.OURS_MANY])
     # The gradient of the weight, and beside it little: that is W
     assert found["bytes"][benchmark.DENSE] / (4 * case.width**2) == pytest.approx(1, abs=0.5)
     assert not benchmark._steps
@@ -64,7 +65,7 @@ def test_whole_models_train_on_attached_weights(tiny_model):
     variants = benchmark.model_variants(2, here, None)
     del variants[benchmark.PEER]
     found = benchmark.compare(variants, seconds=0.01)
-    assert_finite(found, [benchmark.DENSE, benchmark.OURS])
+    assert_finite(found, [benchmark.DENSE, benchmark.OURS, benchmark.OURS_FUSED])
     assert found["bytes"][benchmark.OURS] > found["bytes"][benchmark.DENSE]
 
 
@@ -72,7 +73,7 @@ def test_models_with_dense_weights_are_refused(tiny_model):
     def palettize_nothing(model, bits):
         return 0
 
-    with pytest.raises(RuntimeError, match="palettize_nothing left weights"):
+    with pytest.raises(RuntimeError, match="weights of resnet18 were left dense"):
         benchmark.model_step(2, palettize_nothing)
 
 
@@ -105,7 +106,8 @@ def test_peer_starts_and_trains_as_ours_does(tiny_model):
         assert_finite(found, expected)
         # A layer that coremltools leaves as it is holds little more than its gradient
         assert found["bytes"][benchmark.PEER] / (4 * case.width**2) > 5
-    assert_finite(benchmark.compare(benchmark.model_variants(1, here, here), 0.01), ["dense", "ours", "coremltools"])
+    names = ["dense", "ours", "ours, fused", "coremltools"]
+    assert_finite(benchmark.compare(benchmark.model_variants(1, here, here), 0.01), names)
     # Far from ours only if it computes something else
     assert benchmark.gradient_error(2, 1e-4, 64, {"prune_threshold": 0.0}) <= 0.01
 
@@ -124,9 +126,9 @@ def verdicts(table):
 
 def test_layer_tables_say_which_bars_are_met():
     grouped = layer_result(faster=[8, 8], scalar=False)
-    grouped["ms"] = {**grouped["ms"], "coremltools, batch mode": 71.0}
+    grouped["ms"] = {**grouped["ms"], "ours, fused": 8.0, "coremltools, batch mode": 71.0}
     table = benchmark.speed_table([layer_result(), grouped], threads=1)
-    assert verdicts(table) == [["met"], ["missed"]]
+    assert verdicts(table) == [["met"], ["missed", "met"]]
     assert verdicts(benchmark.speed_table([layer_result()], threads=2)) == [["missed"]]
     # Without the dense step (401 − 1) / (11 − 1); the faster mode of coremltools counts
     assert [line.split("|")[4].strip() for line in table.splitlines()[2:]] == ["40.0", "7.0"]
@@ -139,9 +141,9 @@ def test_layer_tables_say_which_bars_are_met():
 
 
 def test_model_and_gradient_tables_say_which_bars_are_met():
-    ms = {"dense": 100.0, "ours": 155.0, "coremltools": 1200.0}
+    ms = {"dense": 100.0, "ours": 155.0, "ours, fused": 145.0, "coremltools": 1200.0}
     models = [{"bits": bits, "rounds": 3, "ms": ms, "bytes": {**ms, "ours": 230.0}} for bits in (2, 4)]
-    assert verdicts(benchmark.model_table(models)) == [["missed", "met"], ["met", "met"]]
+    assert verdicts(benchmark.model_table(models)) == [["missed", "met", "met"], ["met", "met", "met"]]
     errors = {"ours": 3e-4, "coremltools": 1e-3, "coremltools, prune_threshold 0": 4e-4}
     gradients = [{"bits": 2, "temperature": temperature, "errors": errors} for temperature in (1e-4, 1e-5)]
     assert verdicts(benchmark.gradient_table(gradients)) == [["missed"], ["met"]]

@@ -71,6 +71,15 @@ def test_the_saved_checkpoint_says_how_it_was_made(make_aware, tmp_path):
     assert {weight["name"] for weight in quantize["weights"]} == trainer.model.hf_quantizer.encoded.keys()
 
 
+def test_a_compiled_model_trains_to_the_same_weights_and_fuses_passes(make_aware):
+    trainers = [make_aware(), make_aware(torch_compile=True, torch_compile_backend="eager")]
+    steps = [[step for _, step in attached(trainer.model).values()] for trainer in trainers]
+    assert [{step.compiled for step in those} for those in steps] == [{False}, {True}]
+    for trainer in trainers:
+        trainer.train()
+    assert_same(*(snapshot(trainer.model) for trainer in trainers))
+
+
 @pytest.mark.parametrize(("ratio", "first"), [(0.0, 0), (0.5, 5), (0.31, 4)])
 def test_compression_begins_at_its_share_of_the_steps(make_aware, ratio, first):
     trainer = make_aware(max_steps=10, r2_aware_start_ratio=ratio)
