@@ -108,6 +108,7 @@ class Cells:
 
     Attributes:
         peaks: largest magnitude of each cell, `(cells,)`, or 0 where it is not asked for, and in crowded blocks.
+        cells_of_groups: how many each group has.
         ends: of each group, the number of cells up to its last one.
     """
 
@@ -125,7 +126,8 @@ class Cells:
         self.sizes = [cell_size(block.shape[1], limit) for block, limit in zip(blocks, limits, strict=True)]
         self.per_group = [max(1, block.shape[1] // size) for block, size in zip(blocks, self.sizes, strict=True)]
         self.counts = [groups * cells for groups, cells in zip(self.groups, self.per_group, strict=True)]
-        self.ends = np.cumsum(np.repeat(self.per_group, self.groups))
+        self.cells_of_groups = np.repeat(self.per_group, self.groups)
+        self.ends = np.cumsum(self.cells_of_groups)
         self.peaks, low = (blocks[0].new_zeros(sum(self.counts)) for _ in range(2))
         ends = zip(self.peaks.split(self.counts), low.split(self.counts), strict=True)
         levels = [None] * len(blocks) if level is None else level.split(self.groups)
@@ -157,7 +159,7 @@ class Cells:
         """
         if not self.peaks.is_cpu:
             return Picked([], list(range(len(self.blocks))))
-        found, wanted = self.peaks.numpy(), np.repeat(level.numpy(), np.diff(self.ends, prepend=0))
+        found, wanted = self.peaks.numpy(), np.repeat(level.numpy(), self.cells_of_groups)
         # Not `found > wanted`: a cell that holds NaN is picked too, so that what is computed from it tells
         index = (~(found <= wanted) if above else found == wanted).nonzero()[0]
         starts = np.cumsum([0, *self.counts])

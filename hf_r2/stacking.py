@@ -28,8 +28,9 @@ class BesideEachOther(LocalWeight):
         self.tensor = parts[0].tensor
         self.elements = [elements for part in parts for elements in part.elements]
         self._views = [block for part in parts for block in part.blocks()]
-        self.groups_of_blocks = [groups for part in parts for groups in part.groups_of_blocks]
-        self.groups = [part.held_groups for part in parts]
+        counts = [[len(block) for block in part.blocks()] for part in parts]
+        self.groups_of_blocks = [groups for part in counts for groups in part]
+        self.groups = [sum(part) for part in counts]
 
     def over_groups(self, values: Tensor) -> Routine[Tensor]:
         """Add up one value per group, for each of the weights: `(weights,)`."""

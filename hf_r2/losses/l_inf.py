@@ -59,17 +59,20 @@ def find_largest(weight: LocalWeight, level: Tensor | None = None) -> Routine[tu
         found = np.abs(values) == wanted.numpy()[batch.groups, None]
         largest.append((batch.only(found), np.sign(values[found])))
         counts += torch.from_numpy(np.bincount(largest[-1][0].groups, minlength=len(tops)))
-    for b in picked.whole:
-        weight.split(counts)[b].copy_(_is_largest(blocks[b], weight.split(wanted)[b]).sum(dim=1))
+    if picked.whole:
+        parts, levels = weight.split(counts), weight.split(wanted)
+        for b in picked.whole:
+            parts[b].copy_(_is_largest(blocks[b], levels[b]).sum(dim=1))
     counts = yield from weight.total(counts)
 
     def add_gradient(grads: Sequence[Tensor], scale: Tensor | float) -> None:
         shares = weight.per_group(scale).to(counts.dtype) / counts.clamp_min(1)
         for elements, signs in largest:
             elements.add(grads, (signs * shares.numpy()[elements.groups])[:, None])
-        for b in picked.whole:
-            share = _is_largest(blocks[b], weight.split(wanted)[b]) * weight.split(shares)[b][:, None]
-            grads[b].addcmul_(blocks[b].sign(), share)
+        if picked.whole:
+            levels, of_blocks = weight.split(wanted), weight.split(shares)
+            for b in picked.whole:
+                grads[b].addcmul_(blocks[b].sign(), _is_largest(blocks[b], levels[b]) * of_blocks[b][:, None])
 
     return tops, counted, add_gradient
 

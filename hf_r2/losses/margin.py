@@ -75,8 +75,9 @@ def _all(weight: LocalWeight, level: Tensor) -> Routine[tuple[Tensor, Tensor, Ad
             at = torch.from_numpy(batch.groups)
             signs = _signs_outside(torch.from_numpy(batch.of(blocks)), level[at])
             batch.add(grads, signs.mul_(scales[at, None]).numpy())
+        levels, factors = weight.split(level), weight.split(scales)
         for b in picked.whole:
-            grad, block, limit, factor = grads[b], blocks[b], weight.split(level)[b], weight.split(scales)[b]
+            grad, block, limit, factor = grads[b], blocks[b], levels[b], factors[b]
             if block.is_cpu and len(block) == 1:
                 _add_signs_of_one(grad.view(-1), block.view(-1), limit.item(), factor.item())
             else:
