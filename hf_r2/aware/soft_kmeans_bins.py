@@ -12,8 +12,8 @@ from torch import Tensor
 MOST_BINS = 1 << 16
 """What a 16-bit number tells apart."""
 
-_PIECES = 16
-"""A pass works on at most this share, 1 / 16, of a block at a time, so that its temporaries are small beside it."""
+_PIECES = 20
+"""A pass works on at most this share, 1 / 20, of a block at a time, so that its temporaries are small beside it."""
 
 _LEAST_PIECE, MOST_PIECE = 1 << 15, 1 << 17
 """Elements of a piece: what repays the calls, and what stays near a core. Counting builds little, and starts with a

@@ -26,8 +26,8 @@ from hf_r2.aware.soft_kmeans_steps import (
 )
 
 _LEAST, _MOST, _DEVICE = 1 << 19, 1 << 21, 1 << 28
-"""Numbers that the temporaries of a piece hold: what repays the calls, more where that is small beside the block, and
-what fills a device."""
+"""Numbers in the temporaries of a piece: on a CPU three quarters of the block's elements, but no fewer than repay
+the calls, and no more than stay near a core; on a device what fills it."""
 
 _PER_CLUSTER, _PER_DIMENSION = 3, 4
 """Numbers that are alive at a time for every point: for each cluster, and for each dimension and one more."""
@@ -66,7 +66,7 @@ def _bands(block: Tensor, start: Tensor, scaled: Scaled, memory: int) -> Iterato
     """Cut a block into bands of groups that are small enough, or single groups."""
     k, d = start.shape[1:]
     widest = scaled.arithmetic(block)
-    numbers = min(max(_LEAST, block.numel()), _MOST) if block.is_cpu else _DEVICE
+    numbers = min(max(_LEAST, 3 * block.numel() // 4), _MOST) if block.is_cpu else _DEVICE
     numbers = min(numbers, memory // widest.itemsize)
     points = max(1, numbers // (_PER_CLUSTER * k + _PER_DIMENSION * (d + 1)))
     rows = max(1, points // -(-block.shape[1] // d))
@@ -179,8 +179,8 @@ class _Band:
             Gradient of the old centroids.
         """
         temperature, dtype = self.scaled.temperature, self.dtype
-        through_mean, values, slopes = Linear.pull(step, pull, dtype), step.new.to(dtype), pull.to(dtype).mT
-        inward = to_points(step, temperature, dtype)
+        through_mean, values = Linear.pull(step, pull, dtype), step.new.to(dtype)
+        outward, inward = through_mean.slopes.mT, to_points(step, temperature, dtype)
         sums = step.old.new_zeros(*step.old.shape[:2], self.d + 1)
         for columns, points, attended in self.attended(step.old):
             logits = through_mean.of(points[:, : self.d])
@@ -188,7 +188,7 @@ class _Band:
                 logits.baddbmm_(values, self._vectors(grad, columns, completed=False))
             through_softmax_(logits, attended)
             sums += weighted_sum(logits, points)
-            _add_elements(target[:, columns], torch.bmm(slopes, attended).baddbmm_(inward, logits))
+            _add_elements(target[:, columns], torch.bmm(outward, attended).baddbmm_(inward, logits))
         return to_centroids(sums[..., self.d :], sums[..., : self.d], step, temperature)
 
     def linearize(self, step: Step, grad: Tensor) -> Linearized:

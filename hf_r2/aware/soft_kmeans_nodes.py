@@ -86,7 +86,7 @@ class Nodes:
         """Go back through one step, and the output if its gradient is given: add to q, return that of the centroids."""
         temperature, dtype = self.scaled.temperature, q.dtype
         through_mean, inward = Linear.pull(step, pull, dtype), to_points(step, temperature, dtype)
-        outward, values = pull.to(dtype).mT, step.new.to(dtype)
+        outward, values = through_mean.slopes.mT, step.new.to(dtype)
         sums = step.old.new_zeros(*step.old.shape[:2], 2)
         for columns, points, attended in self._attended(step.old):
             logits = through_softmax_(through_mean.of(points), attended)
