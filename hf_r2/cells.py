@@ -315,11 +315,11 @@ def excess_of_one(block: Tensor, level: float, compiled: bool = False) -> tuple[
     Args:
         block: `(1, elements)`.
         level: of the group.
-        compiled: in one pass, fused with `torch.compile`.
+        compiled: in one pass, fused with `torch.compile`, where that repays the call.
     """
     if not level < math.inf:  # of a broken weight
         return math.nan, math.nan
-    if compiled and block.numel():
+    if compiled and block.numel() > CPU_PIECE:
         rows = block.view(-1, cell_size(block.shape[1], 32 * CELL))
         total, count = fused(_row_excess)(rows, block.new_tensor(level)).sum(dim=1, dtype=torch.float64).tolist()
         return total, count

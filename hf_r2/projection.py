@@ -20,8 +20,8 @@ PROJECTIONS = ("prox", "clip")
 NEWTON_STEPS = 24
 """At most; weights take two to five."""
 
-SAMPLED_CELLS, SAMPLED_SHARE = 256, 64
-"""Cells of a weight that is sampled, at least, and the share of all of them, 1 / 64, if that is more."""
+SAMPLED_CELLS, SAMPLED_SHARE = 128, 128
+"""Cells of a weight that is sampled, at least, and the share of all of them, 1 / 128, if that is more."""
 
 
 class Limits(NamedTuple):
@@ -251,16 +251,17 @@ def _limit_of_many(block: Tensor, limit: float, t: float, compiled: bool) -> flo
     Newton's method from the limit of the step before. A step takes the count of elements above for constant, and so
     misses what it crosses, of which a sample tells: while training settles, one pass over the elements is enough.
     """
-    sample = sample_magnitudes(block, max(SAMPLED_CELLS, block.numel() // (CELL * SAMPLED_SHARE))).numpy()
-    ratio = block.numel() / sample.size
+    sample = None
     for _ in range(NEWTON_STEPS):
         total, count = excess_of_one(block, limit, compiled)
         if count == 0:
             limit = 0.0
             continue
+        if sample is None:  # after the first pass, which leaves the elements near
+            sample = sample_magnitudes(block, max(SAMPLED_CELLS, block.numel() // (CELL * SAMPLED_SHARE))).numpy()
         start, limit = limit, max(limit + (total - t) / count, 0.0)  # in this order, NaN stays
         crossed = sample[(sample > min(start, limit)) & (sample < max(start, limit))]
-        missed = ratio * np.abs(crossed - limit).sum(dtype=np.float64).item()
+        missed = block.numel() / sample.size * np.abs(crossed - limit).sum(dtype=np.float64).item()
         if abs(limit - start) * count <= 0.01 * total and missed <= 3e-4 * total:
             return limit + missed / count
     return limit
