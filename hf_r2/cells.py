@@ -16,8 +16,8 @@ from torch import Tensor
 from hf_r2.fusing import fused
 from hf_r2.grain import CPU_PIECE, pieces
 
-CELL = 128
-"""Elements of a cell, about; of single groups whose largest peaks alone are sought, four times as many."""
+CELL, LARGEST_CELL = 128, 512
+"""Elements of a cell, about, and of those of single groups whose largest peaks alone are sought."""
 
 CACHED = 1 << 18
 """Elements that are still in the cache when they are read for the second time."""
@@ -121,8 +121,8 @@ class Cells:
     ) -> None:
         self.blocks = blocks
         self.crowded = crowded or [False] * len(blocks)
-        self.groups = [len(block) for block in blocks]
-        limits = [4 * CELL if largest and groups == 1 else CELL for groups in self.groups]
+        self.groups = [block.shape[0] for block in blocks]  # quicker than len
+        limits = [LARGEST_CELL if largest and groups == 1 else CELL for groups in self.groups]
         self.sizes = [cell_size(block.shape[1], limit) for block, limit in zip(blocks, limits, strict=True)]
         self.per_group = [max(1, block.shape[1] // size) for block, size in zip(blocks, self.sizes, strict=True)]
         self.counts = [groups * cells for groups, cells in zip(self.groups, self.per_group, strict=True)]
@@ -246,17 +246,20 @@ def _find_ends_above(cells: Tensor, high: Tensor, low: Tensor, level: float) -> 
 
 def _find_ends_at_largest(cells: Tensor, high: Tensor, low: Tensor, level: float) -> None:
     """Find the ends of the cells where a chunk's is the largest magnitude; if this is not above the level, it alone."""
-    chunks = _chunks(cells, high, low)
-    magnitudes = [_magnitudes(chunk) for chunk, _, _ in chunks]
-    largest = np.max(magnitudes).item()  # NaN, if there is one
+    (chunks,) = zip(*_chunks(cells), strict=True)
+    magnitudes = [_magnitudes(chunk) for chunk in chunks]
+    largest = max(map(max, magnitudes)) if not math.isnan(sum(map(sum, magnitudes))) else math.nan
     if not largest > level:
         high[0] = largest
         return
-    for (chunk, highs, lows), (most, least) in zip(chunks, magnitudes, strict=True):
+    start = 0
+    for chunk, (most, least) in zip(chunks, magnitudes, strict=True):
+        span = slice(start, start + chunk.shape[0])
         if most == largest:
-            torch.amax(chunk, dim=1, out=highs)
+            torch.amax(chunk, dim=1, out=high[span])
         if least == largest:
-            torch.amin(chunk, dim=1, out=lows)
+            torch.amin(chunk, dim=1, out=low[span])
+        start = span.stop
 
 
 def _magnitudes(chunk: Tensor) -> tuple[float, float]:

@@ -28,7 +28,7 @@ class BesideEachOther(LocalWeight):
         self.tensor = parts[0].tensor
         self.elements = [elements for part in parts for elements in part.elements]
         self._views = [block for part in parts for block in part.blocks()]
-        counts = [[len(block) for block in part.blocks()] for part in parts]
+        counts = [[block.shape[0] for block in part.blocks()] for part in parts]  # quicker than len
         self.groups_of_blocks = [groups for part in counts for groups in part]
         self.groups = [sum(part) for part in counts]
 
