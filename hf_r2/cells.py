@@ -16,8 +16,8 @@ from torch import Tensor
 from hf_r2.fusing import fused
 from hf_r2.grain import CPU_PIECE, pieces
 
-CELL, LARGEST_CELL = 128, 512
-"""Elements of a cell, about, and of those of single groups whose largest peaks alone are sought."""
+CELL = 128
+"""Elements of a cell, about."""
 
 CACHED = 1 << 18
 """Elements that are still in the cache when they are read for the second time."""
@@ -104,7 +104,6 @@ class Cells:
         crowded: for each block, whether it is to be picked as a whole anyway, and not to be read; see [`crowded`].
         level: `(groups,)`: only peaks above it are asked for. On a CPU, cells of large groups are then looked at only
             in chunks that have one.
-        largest: only the peaks that equal the largest one of their group are asked for, besides.
 
     Attributes:
         peaks: largest magnitude of each cell, `(cells,)`, or 0 where it is not asked for, and in crowded blocks.
@@ -117,13 +116,11 @@ class Cells:
         blocks: Sequence[Tensor],
         crowded: Sequence[bool] | None = None,
         level: Tensor | None = None,
-        largest: bool = False,
     ) -> None:
         self.blocks = blocks
         self.crowded = crowded or [False] * len(blocks)
         self.groups = [block.shape[0] for block in blocks]  # quicker than len
-        limits = [LARGEST_CELL if largest and groups == 1 else CELL for groups in self.groups]
-        self.sizes = [cell_size(block.shape[1], limit) for block, limit in zip(blocks, limits, strict=True)]
+        self.sizes = [cell_size(block.shape[1]) for block in blocks]
         self.per_group = [max(1, block.shape[1] // size) for block, size in zip(blocks, self.sizes, strict=True)]
         self.counts = [groups * cells for groups, cells in zip(self.groups, self.per_group, strict=True)]
         self.cells_of_groups = np.repeat(self.per_group, self.groups)
@@ -135,8 +132,7 @@ class Cells:
             if self.crowded[index] or not block.numel():
                 continue
             if above is not None and self.groups[index] == 1 and block.is_cpu and block.numel() > CACHED:
-                find = _find_ends_at_largest if largest else _find_ends_above
-                find(block.view(-1, self.sizes[index]), *pair, above.item())
+                _find_ends_above(block.view(-1, self.sizes[index]), *pair, above.item())
             else:
                 _find_ends(block.view(-1, self.sizes[index]), *pair)
         torch.maximum(self.peaks, low.neg_(), out=self.peaks)
@@ -227,7 +223,7 @@ def _divisor_near(n: int, limit: int) -> int:
 
 def _find_ends(cells: Tensor, high: Tensor, low: Tensor) -> None:
     """Find the largest and the smallest element of every cell; amax(|W|) would first build |W|."""
-    for chunk, highs, lows in _chunks(cells, high, low):
+    for chunk, highs, lows in chunks_of(cells, high, low):
         torch.amax(chunk, dim=1, out=highs)
         torch.amin(chunk, dim=1, out=lows)
 
@@ -238,37 +234,19 @@ def _find_ends_above(cells: Tensor, high: Tensor, low: Tensor, level: float) -> 
     Both ends of a chunk take one pass, and two thirds of the time of those of its cells.
     """
     above = False
-    for each in _chunks(cells, high, low):
-        above = above or not max(_magnitudes(each[0])) <= level
+    for each in chunks_of(cells, high, low):
+        above = above or not max(magnitudes(each[0])) <= level
         if above:
             _find_ends(*each)
 
 
-def _find_ends_at_largest(cells: Tensor, high: Tensor, low: Tensor, level: float) -> None:
-    """Find the ends of the cells where a chunk's is the largest magnitude; if this is not above the level, it alone."""
-    (chunks,) = zip(*_chunks(cells), strict=True)
-    magnitudes = [_magnitudes(chunk) for chunk in chunks]
-    largest = max(map(max, magnitudes)) if not math.isnan(sum(map(sum, magnitudes))) else math.nan
-    if not largest > level:
-        high[0] = largest
-        return
-    start = 0
-    for chunk, (most, least) in zip(chunks, magnitudes, strict=True):
-        span = slice(start, start + chunk.shape[0])
-        if most == largest:
-            torch.amax(chunk, dim=1, out=high[span])
-        if least == largest:
-            torch.amin(chunk, dim=1, out=low[span])
-        start = span.stop
-
-
-def _magnitudes(chunk: Tensor) -> tuple[float, float]:
+def magnitudes(chunk: Tensor) -> tuple[float, float]:
     """Return the largest element, and the smallest with its sign turned."""
     low, high = chunk.aminmax()
     return high.item(), -low.item()
 
 
-def _chunks(cells: Tensor, *ends: Tensor) -> list[tuple[Tensor, ...]]:
+def chunks_of(cells: Tensor, *ends: Tensor) -> list[tuple[Tensor, ...]]:
     """Cut cells, and what belongs to each, where they leave the cache."""
     count = -(-cells.numel() // CACHED) if cells.is_cpu else 1
     return list(zip(*(part.chunk(count) for part in (cells, *ends)), strict=True)) if count > 1 else [(cells, *ends)]

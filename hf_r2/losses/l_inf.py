@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_r2.cells import Cells
 from hf_r2.grain import Grain
+from hf_r2.largest import search_largest
 from hf_r2.losses.term import AddGradient, Measured, range_term
 from hf_r2.sharding import LocalWeight, Routine
 
@@ -47,31 +47,28 @@ def find_largest(weight: LocalWeight, level: Tensor | None = None) -> Routine[tu
         `sign(W)` on the largest elements of these, shared between ties, to blocks in place.
     """
     blocks = weight.blocks()
-    cells = Cells(blocks, level=weight.per_group(-1.0) if level is None else level, largest=True)
+    search = search_largest(blocks)
     yield
-    tops = yield from weight.maximum(cells.tops())
+    tops = yield from weight.maximum(search.tops())
     counted = torch.ones_like(tops) if level is None else (tops > level).to(tops.dtype)
     wanted = tops.where(counted > 0, torch.inf)
-    picked = cells.pick(wanted)
-    counts, largest = torch.zeros_like(tops), []
-    for batch in picked.cells:
-        values = batch.of(blocks)
-        found = np.abs(values) == wanted.numpy()[batch.groups, None]
-        largest.append((batch.only(found), np.sign(values[found])))
-        counts += torch.from_numpy(np.bincount(largest[-1][0].groups, minlength=len(tops)))
-    if picked.whole:
+    elements, whole = search.find(wanted)
+    counts = torch.zeros_like(tops)
+    for picked, _ in elements:
+        counts += torch.from_numpy(np.bincount(picked.groups, minlength=len(tops)))
+    if whole:
         parts, levels = weight.split(counts), weight.split(wanted)
-        for b in picked.whole:
+        for b in whole:
             parts[b].copy_(_is_largest(blocks[b], levels[b]).sum(dim=1))
     counts = yield from weight.total(counts)
 
     def add_gradient(grads: Sequence[Tensor], scale: Tensor | float) -> None:
         shares = weight.per_group(scale).to(counts.dtype) / counts.clamp_min(1)
-        for elements, signs in largest:
-            elements.add(grads, (signs * shares.numpy()[elements.groups])[:, None])
-        if picked.whole:
+        for picked, signs in elements:
+            picked.add(grads, (signs * shares.numpy()[picked.groups])[:, None])
+        if whole:
             levels, of_blocks = weight.split(wanted), weight.split(shares)
-            for b in picked.whole:
+            for b in whole:
                 grads[b].addcmul_(blocks[b].sign(), _is_largest(blocks[b], levels[b]) * of_blocks[b][:, None])
 
     return tops, counted, add_gradient
