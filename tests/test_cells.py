@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_r2 import RangeProjection, cells
 from hf_r2.cells import CELL, Cells, Picked, cell_size, crowded, excess, excess_of_one, sample_magnitudes
+from hf_r2.largest import Found, InChunks
 from hf_r2.losses import RangeLoss
 from hf_r2.projection import prox_l_inf
 
@@ -86,42 +87,12 @@ def test_cells_above_a_level_are_found_without_a_look_at_those_of_most_chunks(ca
     assert held(found, blocks) == held(expected, blocks)
 
 
-@pytest.mark.parametrize("cached", [1, 128, 300])
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(search=searches())
-def test_the_largest_are_found_without_a_look_at_the_cells_of_most_chunks(cached, search):
-    blocks, level = search
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cells, "CACHED", cached)
-        searched = Cells(blocks, level=level, largest=True)
-    tops = searched.tops()
-    assert tops.tolist() == [max(map(abs, row)) for row in rows_of(blocks)]
-    found = held(searched.pick(tops.where(tops > level, torch.inf)), blocks)
-    for b, (block, top, limit) in enumerate(
-        zip(
-            blocks,
-            tops.split([len(block) for block in blocks]),
-            level.split([len(block) for block in blocks]),
-            strict=True,
-        )
-    ):
-        flat = block.flatten().tolist()
-        wanted = [
-            index
-            for index, value in enumerate(flat)
-            if abs(value) == top[index // block.shape[1]] > limit[index // block.shape[1]]
-        ]
-        picked = [start + column for start, row in found.get(b, [(0, flat)]) for column in range(len(row))]
-        assert set(wanted) <= set(picked)
-
-
 @pytest.mark.parametrize("place", [0, 700, 1279])
-@pytest.mark.parametrize("largest", [False, True])
-def test_what_is_not_a_number_is_found_in_any_chunk(monkeypatch, place, largest):
+def test_what_is_not_a_number_is_found_in_any_chunk(monkeypatch, place):
     monkeypatch.setattr(cells, "CACHED", 256)
     block = torch.ones(1, 1280)
     block[0, place] = torch.nan
-    searched = Cells([block], level=torch.tensor([2.0]), largest=largest)
+    searched = Cells([block], level=torch.tensor([2.0]))
     assert searched.tops().isnan().all()
 
 
@@ -132,10 +103,9 @@ def test_chunks_without_a_cell_asked_for_are_read_once(monkeypatch):
     monkeypatch.setattr(torch, "amin", lambda chunk, **_: looked_at.append(chunk.data_ptr()))
     block = torch.arange(1280.0)[None]
     Cells([block], level=torch.tensor([1300.0]))
-    Cells([block], level=torch.tensor([1300.0]), largest=True)
     assert looked_at == []
-    Cells([block], level=torch.tensor([-1.0]), largest=True)
-    assert looked_at == [block[:, 960:].data_ptr()]
+    Cells([block], level=torch.tensor([1279.0 - 1]))
+    assert set(looked_at) == {block[:, 1024:].data_ptr()}
 
 
 def test_peaks_of_nothing_are_zero():
@@ -285,6 +255,7 @@ def seeded(shape, seed=0):
 
 def without_cells(patch):
     patch.setattr(Cells, "pick", lambda self, level, above=False: Picked([], list(range(len(self.blocks)))))
+    patch.setattr(InChunks, "find", lambda self, level: Found([], list(range(len(level)))))
 
 
 def measured(weight, kind, grain, share, **options):
@@ -303,13 +274,16 @@ def measured(weight, kind, grain, share, **options):
 def picks(monkeypatch):
     """Notes what was picked."""
     found = []
-    pick = Cells.pick
 
-    def noted(self, level, above=False):
-        found.append(pick(self, level, above))
-        return found[-1]
+    def noting(method):
+        def noted(*arguments, **options):
+            found.append(method(*arguments, **options))
+            return found[-1]
 
-    monkeypatch.setattr(Cells, "pick", noted)
+        return noted
+
+    monkeypatch.setattr(Cells, "pick", noting(Cells.pick))
+    monkeypatch.setattr(InChunks, "find", noting(InChunks.find))
     return found
 
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"files"},
     {"adapters"},
     {"selection", "grain", "fusing"},
-    {"sharding", "cells"},
+    {"sharding", "cells", "largest"},
     {"stacking"},
     {"moments"},
     {"codecs", "losses", "projection"},
@@ -163,7 +163,7 @@ def test_imports_run_downwards(module):
         assert not imported
 
 
-MATHS = {"codecs", "losses", "grain", "fusing", "sharding", "cells", "moments"}
+MATHS = {"codecs", "losses", "grain", "fusing", "sharding", "cells", "largest", "moments"}
 MATHS_MODULES = {"planning/allocation.py", "planning/sensitivity.py"}
 
 
