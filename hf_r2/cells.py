@@ -265,17 +265,20 @@ def crowded(blocks: Sequence[Tensor], level: Tensor) -> list[bool]:
     if large:
         samples = [sample_magnitudes(blocks[b], 8) for b in large]
         sizes = [len(sample) for sample in samples]
-        above = torch.cat(samples).numpy() > np.repeat(level.numpy()[groups[large]], sizes)
+        above = np.concatenate(samples) > np.repeat(level.numpy()[groups[large]], sizes)
         counts = np.add.reduceat(above, np.cumsum([0, *sizes[:-1]]), dtype=np.int64)
         for b, count, size in zip(large, counts, sizes, strict=True):
             full[b] = bool(count * CELL > 0.5 * size)
     return full
 
 
-def sample_magnitudes(block: Tensor, count: int) -> Tensor:
-    """Take those in about so many cells all over a block of one group: `(elements,)`. Single elements cost as much."""
-    cells = block.view(-1, cell_size(block.shape[1]))
-    return cells[:: max(1, len(cells) // count)].abs().flatten()
+def sample_magnitudes(block: Tensor, count: int) -> np.ndarray:
+    """Take those in about so many cells all over a block of one group on a CPU: `(elements,)`.
+
+    Single elements cost as much.
+    """
+    cells = as_array(block).reshape(-1, cell_size(block.shape[1]))
+    return np.abs(cells[:: max(1, len(cells) // count)]).ravel()
 
 
 def excess(block: Tensor, level: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_r2.cells import CELL, Cells, PickedCells, chunks_of, magnitudes
+from hf_r2.cells import CELL, Cells, PickedCells, as_array, chunks_of, magnitudes
 
 
 class Found(NamedTuple):
@@ -46,7 +46,7 @@ class InChunks:
             found, signs, start = [], [], 0
             for chunk, ends in zip(self._chunks[b], self._ends[b], strict=True):
                 for value in {sign * top for sign, end in zip((1, -1), ends, strict=True) if end == top}:
-                    found.append(np.flatnonzero(chunk.numpy() == value) + start)
+                    found.append(np.flatnonzero(as_array(chunk) == value) + start)
                     signs.append(np.full(len(found[-1]), np.sign(value), level.numpy().dtype))
                 start += chunk.shape[0]
                 if sum(map(len, found)) * CELL > block.numel() + CELL:

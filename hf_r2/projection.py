@@ -258,11 +258,11 @@ def _limit_of_many(block: Tensor, limit: float, t: float, compiled: bool) -> flo
             limit = 0.0
             continue
         if sample is None:  # after the first pass, which leaves the elements near
-            sample = sample_magnitudes(block, max(SAMPLED_CELLS, block.numel() // (CELL * SAMPLED_SHARE))).numpy()
+            sample = sample_magnitudes(block, max(SAMPLED_CELLS, block.numel() // (CELL * SAMPLED_SHARE)))
         start, limit = limit, max(limit + (total - t) / count, 0.0)  # in this order, NaN stays
         crossed = sample[(sample > min(start, limit)) & (sample < max(start, limit))]
         missed = block.numel() / sample.size * np.abs(crossed - limit).sum(dtype=np.float64).item()
-        if abs(limit - start) * count <= 0.01 * total and missed <= 3e-4 * total:
+        if abs(limit - start) * count <= 0.02 * total and missed <= 3e-4 * total:
             return limit + missed / count
     return limit
 
