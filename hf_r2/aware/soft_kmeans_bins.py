@@ -123,12 +123,12 @@ class LookUp:
     """Looks up all columns of a table at once, as one wide number.
 
     Args:
-        table: `(rows, bins, 1, 2 or 4)`, float32.
+        table: `(rows, bins, 2 or 4)`, float32.
     """
 
     def __init__(self, table: Tensor) -> None:
         self.bins, columns = table.shape[1:]
-        self._table = table.view(-1).view({1: torch.float32, 2: torch.int64, 4: torch.complex128}[columns])
+        self._table = table.view(-1).view({2: torch.int64, 4: torch.complex128}[columns])
 
     def __call__(self, number: Tensor) -> tuple[Tensor, ...]:
         """Return what each column holds for numbers of bins `(rows, n)`, strided, of their shape."""
