@@ -289,9 +289,9 @@ def export(
     output: Annotated[Path, typer.Argument(help="Directory of the export.")],
     format_: Annotated[str, typer.Option("--format", help="onnx, openvino, coreml or compressed-tensors.")],
 ) -> None:
-    """Write a compressed checkpoint in another format, its weights still low-bit codes.
+    r"""Write a compressed checkpoint in another format, its weights still low-bit codes.
 
-    Each format is an extra: pip install "hf_r2[onnx]".
+    Each format is an extra: pip install "hf_r2\[onnx]".
 
     Example: hf-r2 export me/model-4bit model-onnx --format onnx
     """

@@ -129,3 +129,7 @@ def test_mistakes_end_with_one_message_and_nothing_written(checkpoint, tmp_path,
     assert message in result.stderr
     assert "Traceback" not in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_of_the_exports_names_an_extra_as_pip_takes_it():
+    assert 'pip install "hf_r2[onnx]"' in run(app, ["export", "--help"]).output
