@@ -41,23 +41,29 @@ class InChunks:
 
     def find(self, level: Tensor) -> Found:
         """Find the elements whose magnitude is the level of their group, `(groups,)`, not below the largest."""
-        places, all_signs, whole = {}, [], []
-        for b, (block, top) in enumerate(zip(self._blocks, level.tolist(), strict=True)):
-            found, signs, start = [], [], 0
-            for chunk, ends in zip(self._chunks[b], self._ends[b], strict=True):
-                for value in {sign * top for sign, end in zip((1, -1), ends, strict=True) if end == top}:
-                    found.append(np.flatnonzero(as_array(chunk) == value) + start)
-                    signs.append(np.full(len(found[-1]), np.sign(value), level.numpy().dtype))
-                start += chunk.shape[0]
-                if sum(map(len, found)) * CELL > block.numel() + CELL:
-                    whole.append(b)
-                    break
-            else:
-                if found:
-                    places[b] = torch.from_numpy(np.concatenate(found))
-                    all_signs += signs
+        places, signs, whole = {}, [], []
+        for b, top in enumerate(level.tolist()):
+            found = self._positions(b, top)
+            if found is None:
+                whole.append(b)
+            elif found:
+                places[b] = torch.from_numpy(np.concatenate([positions for positions, _ in found]))
+                signs += [np.full(len(positions), sign, level.numpy().dtype) for positions, sign in found]
         groups = np.repeat(list(places), [index.numel() for index in places.values()])
-        return Found([(PickedCells(1, places, groups), np.concatenate(all_signs))] if places else [], whole)
+        return Found([(PickedCells(1, places, groups), np.concatenate(signs))] if places else [], whole)
+
+    def _positions(self, b: int, top: float) -> list[tuple[np.ndarray, float]] | None:
+        """Find where a block has a magnitude, in order of the chunks, and with which sign; None if in many places."""
+        found, start, count = [], 0, 0
+        for chunk, ends in zip(self._chunks[b], self._ends[b], strict=True):
+            for value in {sign * top for sign, end in zip((1, -1), ends, strict=True) if end == top}:
+                positions = np.flatnonzero(as_array(chunk) == value) + start
+                found.append((positions, np.sign(value)))
+                count += len(positions)
+            if count * CELL > self._blocks[b].numel() + CELL:
+                return None
+            start += chunk.shape[0]
+        return found
 
 
 class InCells:
