@@ -14,16 +14,22 @@ from hf_r2.sharding import LocalWeight, Routine, run
 
 def rms(weight: LocalWeight) -> Routine[Tensor]:
     """Root mean square of each group: `(groups,)`."""
+    if weight.tiles is not None:
+        return _extremes_and_rms_of_tiles(weight)[1]
     return (yield from _rms(weight, [_norm(block) for block in weight.blocks()]))
 
 
 def extremes(weight: LocalWeight) -> Routine[Tensor]:
     """Largest and smallest element of each group: `(groups, 2)`."""
+    if weight.tiles is not None:
+        return _extremes_and_rms_of_tiles(weight)[0]
     return (yield from _extremes(weight, [_ends(block) for block in weight.blocks()]))
 
 
 def extremes_and_rms(weight: LocalWeight, compiled: bool) -> Routine[tuple[Tensor, Tensor]]:
     """Measure what [`extremes`] and [`rms`] do; compiled, in one pass on a CPU, fused with `torch.compile`."""
+    if weight.tiles is not None:
+        return _extremes_and_rms_of_tiles(weight)
     blocks = weight.blocks()
     if compiled and blocks[0].is_cpu:
         ends, norms = zip(*map(_ends_and_norm, blocks), strict=True)
@@ -33,14 +39,19 @@ def extremes_and_rms(weight: LocalWeight, compiled: bool) -> Routine[tuple[Tenso
     return bounds, (yield from _rms(weight, list(norms)))
 
 
+def _extremes_and_rms_of_tiles(weight: LocalWeight) -> tuple[Tensor, Tensor]:
+    high, low, squares = weight.tiles.ends_and_squares()
+    return torch.stack([high, -low], dim=1).float(), (squares / weight.group_elements).sqrt().float()
+
+
 def _extremes(weight: LocalWeight, ends: list[Tensor]) -> Routine[Tensor]:
-    ends = yield from weight.maximum(torch.cat(ends))
-    return ends * ends.new_tensor([1, -1])
+    high, low = (yield from weight.maximum(torch.cat(ends))).unbind(dim=1)
+    return torch.stack([high, -low], dim=1)
 
 
 def _rms(weight: LocalWeight, norms: list[Tensor]) -> Routine[Tensor]:
     squares = yield from weight.total(torch.cat(norms).square())
-    return (squares / weight.group_elements()).sqrt().to(weight.blocks()[0].dtype)
+    return (squares / weight.group_elements).sqrt().to(weight.blocks()[0].dtype)
 
 
 def _ends(block: Tensor) -> Tensor:

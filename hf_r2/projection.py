@@ -13,7 +13,7 @@ from hf_r2.grain import Grain, parse_grain, pieces
 from hf_r2.moments import require_finite, rms
 from hf_r2.selection import current_weights, scaled, select_trainable
 from hf_r2.sharding import LocalWeight, Routine, run
-from hf_r2.stacking import Stack, stack_alike
+from hf_r2.stacking import Stack, Stacker
 
 PROJECTIONS = ("prox", "clip")
 
@@ -29,11 +29,13 @@ class Limits(NamedTuple):
 
     Args:
         level: `(groups,)`.
-        picked: what holds all elements above it.
+        picked: what holds all elements above it; with kernels of their own, nothing.
+        tops: see [`hf_r2.tiles.Tiles.clamp`].
     """
 
     level: Tensor
-    picked: Picked
+    picked: Picked | None
+    tops: Tensor | None = None
 
 
 class RangeProjection:
@@ -91,6 +93,7 @@ class RangeProjection:
             if not isinstance(getattr(module, attribute), nn.Parameter):
                 raise ValueError(f"{name} is computed from other parameters and cannot be projected: use a range loss")
         self.compiled = False
+        self._stacker = Stacker(self.grain)
         self._levels: list[Tensor | None] = [None] * len(self.selection)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -112,14 +115,12 @@ class RangeProjection:
         """
         if not isinstance(strength, Tensor) and (strength == 0 or (self.kind == "clip" and self.clip == float("inf"))):
             return
-        strengths = scaled(strength, self.factors, len(self.selection))
-        weights = [weight.detach() for weight in current_weights(self.selection)]
-        stacks = stack_alike(weights, self.grain, strengths)
+        weights = current_weights(self.selection)
+        stacks = self._stacker.stack(weights, scaled(strength, self.factors))
         if self.kind == "prox":
-            strengths = [stack.per_group(stack.strength) for stack in stacks]
             routines = [
-                _prox_limits(stack.weight, t, self._before(stack), self.compiled)
-                for stack, t in zip(stacks, strengths, strict=True)
+                _prox_limits(stack.weight, stack.per_group(stack.strength), self._before(stack), self.compiled)
+                for stack in stacks
             ]
         else:
             routines = [_clip_limits(stack.weight, self.clip) for stack in stacks]
@@ -180,6 +181,8 @@ def prox_l_inf(weight: Tensor, t: float, grain: Grain = "tensor") -> Tensor:
 
 def _clip_limits(weight: LocalWeight, multiple: float) -> Routine[Limits]:
     size = yield from rms(weight)
+    if weight.tiles is not None:
+        return Limits(multiple * size, None)
     return Limits(multiple * size, Picked([], list(range(len(weight.blocks())))))
 
 
@@ -194,6 +197,9 @@ def _prox_limits(
     look.
     """
     t = weight.per_group(t).double()
+    if weight.tiles is not None:
+        level, tops = weight.tiles.level_above(t)
+        return Limits(level, None, tops)
     blocks = weight.blocks()
     warm = before is not None and before.is_cpu and not weight.spread
     many = crowded(blocks, before) if warm else [False] * len(blocks)
@@ -293,7 +299,11 @@ def _clamped(weight: Tensor, grain: Grain, limits: Callable[[LocalWeight], Routi
 
 def _clamp(blocks: Sequence[Tensor], weight: LocalWeight, limits: Limits, share: Tensor | float | None = None) -> None:
     """Go a share of the way to the limits, or all of it; the cells picked go all of it."""
-    level, picked = limits
+    level, picked, tops = limits
+    if weight.tiles is not None:
+        shares = None if share is None else weight.per_group(share).float()
+        weight.tiles.clamp(blocks, level, shares, tops)
+        return
     for batch in picked.cells:
         bound = level.numpy()[batch.groups, None]
         batch.write(blocks, np.clip(batch.of(blocks), -bound, bound))

@@ -122,11 +122,11 @@ def current_weights(selection: Mapping[str, tuple[nn.Module, str]]) -> list[Tens
     return [output_first(module, getattr(module, attribute)) for module, attribute in selection.values()]
 
 
-def scaled(strength: Tensor | float, factors: Tensor | None, count: int) -> Sequence[Tensor | float]:
-    """Strength × factor for each of `count` weights; the strength may be one per weight, `(weights,)`."""
-    if factors is not None:
-        strength = strength * (factors.to(strength.device) if isinstance(strength, Tensor) else factors)
-    return list(strength.expand(count)) if isinstance(strength, Tensor) else [float(strength)] * count
+def scaled(strength: Tensor | float, factors: Tensor | None) -> Tensor | float:
+    """Strength × factor, one for all weights or one per weight, `(weights,)`; factors may lie on another device."""
+    if factors is None:
+        return strength
+    return strength * (factors.to(strength.device) if isinstance(strength, Tensor) else factors)
 
 
 def output_first(module: nn.Module, weight: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from hf_r2.grain import EMPTY, Grain, blocks, group_counts, group_sizes, join, parse_grain
+from hf_r2.tiles import Tiles
 
 Result = TypeVar("Result")
 
@@ -53,6 +54,7 @@ class LocalWeight:
         tensor: what is held here, output channels first (in any order for grain "tensor"), detached.
         elements: elements of a whole group, one number per block.
         spread: whether the elements of one group lie on several processes.
+        tiles: what passes over the blocks are done with, if kernels of their own do them.
 
     Raises:
         ValueError: for an unknown grain and an empty weight.
@@ -60,6 +62,7 @@ class LocalWeight:
 
     mesh: Any = None
     spread = False
+    tiles: Tiles | None = None
 
     def __init__(self, weight: Tensor, grain: Grain) -> None:
         self.grain = parse_grain(grain)
@@ -75,7 +78,7 @@ class LocalWeight:
         self._order: list[int] | None = None
         if grain == "tensor" and not weight.is_contiguous():
             self._order = sorted(range(weight.dim()), key=lambda dim: -weight.stride(dim))
-        self.tensor = self._ordered(weight)
+        self.tensor = self.ordered(weight)
         self._views: list[Tensor] | None = None
 
     def _localize(self, weight: DTensor) -> Tensor:
@@ -97,7 +100,16 @@ class LocalWeight:
     @property
     def in_place(self) -> bool:
         """Whether the blocks are views of the weight, not copies."""
-        return self._groups_in(self.tensor) > 0
+        return self.tensor.dtype in _STATISTICS and self._groups_in(self.tensor) > 0
+
+    def as_it_lies(self, target: Tensor) -> Tensor | None:
+        """View a tensor of the weight's layout as groups one after the other, of its own dtype; None if it cannot be.
+
+        A single tensor that is not cut over processes.
+        """
+        ordered = self.ordered(target)
+        groups = self._groups_in(ordered)
+        return ordered.view(groups, ordered.numel() // groups) if groups else None
 
     def blocks(self) -> list[Tensor]:
         """Cut what is held here into contiguous blocks `(groups, elements)`, see [`hf_r2.grain.blocks`]."""
@@ -108,7 +120,8 @@ class LocalWeight:
             self._views = parts
         return parts
 
-    def _ordered(self, tensor: Tensor) -> Tensor:
+    def ordered(self, tensor: Tensor) -> Tensor:
+        """View a tensor of the weight's layout with its dimensions in the order in which the weight lies in memory."""
         return tensor if self._order is None else tensor.permute(self._order)
 
     def _cut(self, tensor: Tensor) -> tuple[list[Tensor], bool]:
@@ -118,14 +131,14 @@ class LocalWeight:
             if self.spread:
                 return [empty.view(count, 0) for count in group_counts(self.shape, self.grain)], True
             return [empty.view(0, size) for size in self.elements], True
-        groups = self._groups_in(tensor)
+        groups = self._groups_in(tensor) if tensor.dtype in _STATISTICS else 0
         if groups:
             return [tensor.view(groups, tensor.numel() // groups)], True
         return [block.contiguous() for block in blocks(tensor, self.grain)], False
 
     def _groups_in(self, tensor: Tensor) -> int:
         """Count the groups if they can be viewed in a tensor, one after the other; else 0."""
-        if tensor.dtype not in _STATISTICS or not tensor.is_contiguous():
+        if not tensor.is_contiguous():
             return 0
         if self.grain == "tensor":
             return 1
@@ -142,7 +155,7 @@ class LocalWeight:
         """Return the blocks of a tensor of the weight's layout, and what to call once they are written."""
         whole = isinstance(target, DTensor) and self.mesh is None
         local = target.full_tensor() if whole else target.to_local() if isinstance(target, DTensor) else target
-        ordered = self._ordered(local)
+        ordered = self.ordered(local)
         parts, are_views = self._cut(ordered)
 
         def finish() -> None:
@@ -176,6 +189,7 @@ class LocalWeight:
         """Number of the groups held here."""
         return sum(self.groups_of_blocks)
 
+    @cached_property
     def group_elements(self) -> Tensor | int:
         """Elements of each group as a whole, `(groups,)`; a number if all have as many."""
         if len(set(self.elements)) == 1:

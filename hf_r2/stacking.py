@@ -1,51 +1,84 @@
-"""Weights that are worked on as one.
-
-On an accelerator they have one shape, and need as many kernels as one weight does. On a CPU they may have any, and what
-is done on few elements of each is done once for all.
-"""
+"""Weights that are worked on as one: what would take calls for each of them is done once for all; nothing is copied."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_r2.grain import DEVICE_PIECE, Grain
 from hf_r2.sharding import LocalWeight, Routine
+from hf_r2.tiles import Tiles, can_be_tiled
 
 
 class BesideEachOther(LocalWeight):
-    """Weights that lie whole on a CPU, as one whose blocks are those of all; nothing is copied.
+    """Weights that lie whole on one device, as one whose blocks are those of all.
 
     Args:
-        parts: the weights, whose blocks are views of them, of one dtype.
+        parts: the weights, whose blocks can be views of them, of one dtype.
+        tiled: whether kernels work on all blocks at once. The blocks then have the weights' own dtype.
     """
 
-    def __init__(self, parts: Sequence[LocalWeight]) -> None:
+    def __init__(self, parts: Sequence[LocalWeight], tiled: bool = False) -> None:
         self.parts = parts
         self.tensor = parts[0].tensor
         self.elements = [elements for part in parts for elements in part.elements]
-        self._views = [block for part in parts for block in part.blocks()]
-        counts = [[block.shape[0] for block in part.blocks()] for part in parts]  # quicker than len
+        blocks = [[part.as_it_lies(part.tensor)] if tiled else part.blocks() for part in parts]
+        self._views = [block for part in blocks for block in part]
+        counts = [[block.shape[0] for block in part] for part in blocks]  # quicker than len
         self.groups_of_blocks = [groups for part in counts for groups in part]
         self.groups = [sum(part) for part in counts]
+        self.tiles = Tiles(self._views) if tiled else None
 
     def over_groups(self, values: Tensor) -> Routine[Tensor]:
         """Add up one value per group, for each of the weights: `(weights,)`."""
         yield from ()
         if len(values) == len(self.parts):
             return values
+        if self.tiles is not None:
+            return self.tiles.totals(values, self._starts).to(values)
         sums = np.add.reduceat(values.double().numpy(), np.cumsum([0, *self.groups[:-1]]))
         return torch.from_numpy(sums).to(values)
 
+    def repeat(self, values: Tensor) -> Tensor:
+        """Repeat one value per weight for all of its groups."""
+        if len(self.parts) == self.held_groups:
+            return values
+        return values.repeat_interleave(self._counts, output_size=self.held_groups)
+
+    @cached_property
+    def _counts(self) -> Tensor:
+        return torch.tensor(self.groups, device=self.tensor.device)
+
+    @cached_property
+    def _starts(self) -> Tensor:
+        return torch.tensor([0, *np.cumsum(self.groups)], device=self.tensor.device)
+
     def update_each(self, targets: Sequence[Tensor], change: Callable[[list[Tensor]], None]) -> None:
         """Let `change` write to the blocks of tensors of the weights' layouts, in place."""
+        if self.tiles is not None:
+            self._update_tiled(targets, change)
+            return
         opened = [part.open(target) for part, target in zip(self.parts, targets, strict=True)]
         change([block for blocks, _ in opened for block in blocks])
         for _, finish in opened:
             finish()
+
+    def _update_tiled(self, targets: Sequence[Tensor], change: Callable[[list[Tensor]], None]) -> None:
+        """Let `change` write to tensors that lie in memory as the weights do: the targets, or copies of them."""
+        lying, copied = [], []
+        for part, target in zip(self.parts, targets, strict=True):
+            ordered = part.ordered(target)
+            if not ordered.is_contiguous() or ordered.dtype != self.tensor.dtype:
+                copied.append((ordered, ordered.to(self.tensor.dtype).contiguous()))
+                ordered = copied[-1][1]
+            lying.append(ordered)
+        change(lying)
+        for target, copy in copied:
+            target.copy_(copy)
 
 
 class Stack(NamedTuple):
@@ -53,7 +86,7 @@ class Stack(NamedTuple):
 
     Args:
         members: their positions among all weights.
-        weight: all of them as one: on an accelerator, a copy with their groups one after the other.
+        weight: all of them as one.
         strength: of each of them: a number, of a single one a scalar tensor, or one per weight, `(weights,)`.
     """
 
@@ -65,62 +98,75 @@ class Stack(NamedTuple):
         """Let `change` write to the blocks of tensors of the weights' layouts, one per member, in place."""
         if isinstance(self.weight, BesideEachOther):
             self.weight.update_each(targets, change)
-            return
-        if len(targets) == 1:
+        else:
             self.weight.update(targets[0], change)
-            return
-        together = torch.cat([target.reshape(-1, *self.weight.shape[1:]) for target in targets])
-        self.weight.update(together, change)
-        parts = together.chunk(len(targets))
-        torch._foreach_copy_(list(targets), [p.reshape(t.shape) for p, t in zip(parts, targets, strict=True)])
 
     def cut(self, values: Tensor) -> list[Tensor]:
         """Cut one value per group to those of each member."""
-        if isinstance(self.weight, BesideEachOther):
-            return list(values.split(self.weight.groups))
-        return list(values.chunk(len(self.members)))
+        return list(values.split(self.weight.groups)) if isinstance(self.weight, BesideEachOther) else [values]
 
     def per_group(self, values: Tensor | float) -> Tensor | float:
         """Repeat values, one per member, for all groups of theirs; leave a single one as it is."""
         if not isinstance(values, Tensor) or values.dim() == 0:
             return values
-        return values.repeat_interleave(torch.tensor(self.weight.groups))
+        return self.weight.repeat(values)
 
 
-def stack_alike(weights: Sequence[Tensor], grain: Grain, strengths: Sequence[Tensor | float]) -> list[Stack]:
-    """Put weights of one dtype, device and strength together, up to `DEVICE_PIECE` elements.
+class Stacker:
+    """Puts weights together, and leaves them so while they lie where they did.
 
-    On an accelerator they are of one shape, too, and those whose strengths are tensors stay alone. On a CPU, those do
-    whose blocks are copies; and everywhere, those that are cut over processes.
+    Args:
+        grain: see [`hf_r2.grain.parse_grain`].
+    """
+
+    def __init__(self, grain: Grain) -> None:
+        self.grain = grain
+        self._places: list[object] | None = None
+        self._together: list[tuple[list[int], LocalWeight]] = []
+
+    def stack(self, weights: Sequence[Tensor], strength: Tensor | float) -> list[Stack]:
+        """Put weights, output channels first, together; the strength is one for all or one per weight."""
+        # What is computed from parameters is new at every step, and held on to no longer
+        lasting = not any(isinstance(weight, DTensor) for weight in weights) and all(map(_is_parameter, weights))
+        places = [(weight.data_ptr(), weight.stride(), weight.shape) for weight in weights] if lasting else None
+        if places is None or places != self._places:
+            self._places, self._together = places, put_together(weights, self.grain)
+        stacks = [Stack(members, weight, _part(strength, members, weight)) for members, weight in self._together]
+        if not lasting:
+            self._together = []
+        return stacks
+
+
+def put_together(weights: Sequence[Tensor], grain: Grain) -> list[tuple[list[int], LocalWeight]]:
+    """Put weights of one dtype and device together, on a CPU up to `DEVICE_PIECE` elements; return who is where.
+
+    Those stay alone whose blocks would be copies, those that are cut over processes, and on a device those that there
+    are no kernels for.
 
     Args:
         weights: output channels first.
         grain: see [`hf_r2.grain.parse_grain`].
-        strengths: one per weight.
     """
     held = [LocalWeight(weight, grain) for weight in weights]
     alike: dict[object, list[int]] = {}
-    for index, (weight, local, strength) in enumerate(zip(weights, held, strengths, strict=True)):
-        key = None if isinstance(weight, DTensor) else _likeness(weight, local, strength)
+    for index, (weight, local) in enumerate(zip(weights, held, strict=True)):
+        key = None if isinstance(weight, DTensor) else _likeness(local)
         alike.setdefault(index if key is None else key, []).append(index)
-    stacks = []
-    for members in alike.values():
-        for some in _portions(members, weights):
-            together = _together([weights[index] for index in some], [held[index] for index in some])
-            strength = strengths[some[0]]
-            if isinstance(strength, Tensor) and len(some) > 1:
-                strength = torch.stack([strengths[index] for index in some]).to(together.tensor.device)
-            stacks.append(Stack(some, together, strength))
-    return stacks
+    together = []
+    for key, members in alike.items():
+        tiled = isinstance(key, tuple) and not _on_cpu(held[members[0]].tensor)
+        for some in [members] if tiled else _portions(members, weights):
+            parts = [held[index] for index in some]
+            together.append((some, BesideEachOther(parts, tiled) if tiled or len(parts) > 1 else parts[0]))
+    return together
 
 
-def _likeness(weight: Tensor, local: LocalWeight, strength: Tensor | float) -> object | None:
+def _likeness(local: LocalWeight) -> tuple | None:
     """Return what weights share that are worked on as one; None for one that stays alone."""
-    if _on_cpu(weight):
-        return (weight.dtype, strength if isinstance(strength, float) else None) if local.in_place else None
-    # A second block, the short last groups of all channels, would come between the members
-    alike = isinstance(strength, float) and len(local.elements) == 1
-    return (weight.shape, weight.dtype, weight.device, strength) if alike else None
+    if _on_cpu(local.tensor):
+        return (local.tensor.dtype,) if local.in_place else None
+    alike = can_be_tiled(local.tensor) and local.as_it_lies(local.tensor) is not None
+    return (local.tensor.dtype, local.tensor.device) if alike else None
 
 
 def _portions(members: Sequence[int], weights: Sequence[Tensor]) -> list[list[int]]:
@@ -136,17 +182,18 @@ def _portions(members: Sequence[int], weights: Sequence[Tensor]) -> list[list[in
     return portions
 
 
-def _together(weights: Sequence[Tensor], held: Sequence[LocalWeight]) -> LocalWeight:
-    if len(weights) == 1:
-        return held[0]
-    if _on_cpu(weights[0]):
-        return BesideEachOther(held)
-    if held[0].grain == "tensor":
-        # Each becomes one output channel: its only group
-        return LocalWeight(torch.stack([weight.detach().flatten() for weight in weights]), "channel")
-    return LocalWeight(torch.cat([weight.detach() for weight in weights]), held[0].grain)
+def _part(strength: Tensor | float, members: Sequence[int], weight: LocalWeight) -> Tensor | float:
+    """Pick the strengths of some weights, on their device."""
+    if not isinstance(strength, Tensor):
+        return strength
+    part = strength if strength.dim() == 0 else strength[members[0] if len(members) == 1 else members]
+    return part.to(weight.tensor.device, non_blocking=True)
+
+
+def _is_parameter(weight: Tensor) -> bool:
+    return isinstance(weight, nn.Parameter) or isinstance(weight._base, nn.Parameter)
 
 
 def _on_cpu(weight: Tensor) -> bool:
-    """Tell whether weights are worked on where they are; a copy costs more there than many kernels do."""
+    """Tell whether passes are made by calls that a host waits for."""
     return weight.is_cpu

@@ -23,6 +23,23 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 for variable in ("HF_TOKEN", "HF_OIDC_RESOURCE", "HF_HUB_CACHE"):
     os.environ.pop(variable, None)
 
+import torch  # noqa: E402, once the number of threads is set
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels are run on the CPU, by Triton's interpreter
+
+
+@pytest.fixture
+def interpreted_kernels(monkeypatch):
+    """Let the kernels for a device, interpreted, make the passes over weights on a CPU."""
+    if "TRITON_INTERPRET" not in os.environ:
+        pytest.skip("the kernels are run on the device here, in tests/test_cuda.py")
+    pytest.importorskip("triton")
+    from hf_r2 import stacking
+
+    monkeypatch.setattr(stacking, "_on_cpu", lambda weight: False)
+    monkeypatch.setattr(stacking, "can_be_tiled", lambda tensor: tensor.dtype != torch.float64)
+
 
 @pytest.fixture(scope="session")
 def hub_socket():

@@ -255,7 +255,7 @@ def seeded(shape, seed=0):
 
 def without_cells(patch):
     patch.setattr(Cells, "pick", lambda self, level, above=False: Picked([], list(range(len(self.blocks)))))
-    patch.setattr(InChunks, "find", lambda self, level: Found([], list(range(len(level)))))
+    patch.setattr(InChunks, "find", lambda self, level: Found(self._blocks, level, [], list(range(len(level)))))
 
 
 def measured(weight, kind, grain, share, **options):
@@ -314,6 +314,7 @@ def test_prox_is_the_same_by_cells_and_by_the_whole(monkeypatch, picks, grain, t
 
 
 def test_prox_that_starts_at_the_last_limits_ends_where_a_fresh_one_does():
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(400, 300))
     projection = RangeProjection(model, "prox")
     for step in range(8):

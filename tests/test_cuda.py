@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
+from transformers.pytorch_utils import Conv1D
 
-from hf_r2 import R2QuantizationConfig, R2Trainer, R2TrainingArguments, RangeLoss, decode, encode
+from hf_r2 import R2QuantizationConfig, R2Trainer, R2TrainingArguments, RangeLoss, RangeProjection, decode, encode
+from hf_r2.aware.soft_kmeans import soft_kmeans
 from hf_r2.codecs import CodecSettings
 from hf_r2.losses import RANGE_LOSSES
+from hf_r2.projection import PROJECTIONS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -37,9 +41,50 @@ def test_codes_and_decoded_weights_are_the_same(settings, dtype):
     assert torch.equal(decode(on_cpu), decode(on_cuda).cpu())
 
 
+def odd_weights(dtype=torch.float32):
+    """Weights of one and of many tiles, of groups of all widths, with ties and zeros."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(300, 70), Conv1D(33, 100), nn.Conv2d(8, 33, 3), nn.Linear(5000, 40), nn.Linear(12, 8), nn.Linear(7, 5)
+    )
+    with torch.no_grad():
+        model[0].weight[3, 5] = model[0].weight[60, 299] = -1.5 * model[0].weight.abs().max()
+        model[3].weight[7, 4096:].zero_()
+        model[4].weight[2].zero_()
+    return model.to(dtype)
+
+
+def restricted(device, dtype, kind, grain, strength):
+    """Value and gradients of a range loss, and the weights that a projection leaves after three steps."""
+    model = odd_weights(dtype).to(device)
+    if kind in PROJECTIONS:
+        projection = RangeProjection(model, kind, grain)
+        for _ in range(3):
+            projection.step(strength)
+        return [parameter.detach().cpu() for parameter in model.parameters()]
+    loss = RangeLoss(model, kind, grain)
+    for margins in loss.learnable.values() if kind == "margin" else ():
+        margins.data.mul_(0.7)
+    value = loss.measure(strength)
+    loss.accumulate_grad_(3.0)
+    found = [p.grad for p in (*model.parameters(), *loss.parameters()) if p.grad is not None]
+    return [value.cpu(), *(gradient.cpu() for gradient in found)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("grain", ["tensor", "channel", 4, 64])
+@pytest.mark.parametrize("kind", [*RANGE_LOSSES, *PROJECTIONS])
+def test_ranges_are_restricted_the_same(kind, grain, dtype):
+    expected, found = (restricted(device, dtype, kind, grain, 0.4) for device in ("cpu", "cuda"))
+    for one, other in zip(found, expected, strict=True):
+        scale = other.abs().max().item()
+        rounding = 1e-5 if dtype != torch.bfloat16 else 1e-2
+        torch.testing.assert_close(one, other, rtol=10 * rounding, atol=rounding * scale)
+
+
+@pytest.mark.parametrize("grain", ["tensor", "channel"])
 @pytest.mark.parametrize("kind", RANGE_LOSSES)
-@pytest.mark.parametrize("grain", ["tensor", "channel", 7])
-def test_range_losses_and_gradients_are_the_same(kind, grain):
+def test_the_loss_by_autograd_is_the_same(kind, grain):
     results = []
     for device in ("cpu", "cuda"):
         model = make_model().to(device)
@@ -48,6 +93,50 @@ def test_range_losses_and_gradients_are_the_same(kind, grain):
         gradients = [parameter.grad.cpu() for parameter in model.parameters() if parameter.grad is not None]
         results.append((loss.detach().cpu(), gradients))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def no_waiting():
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", [*RANGE_LOSSES, *PROJECTIONS])
+def test_the_host_does_not_wait_for_the_device_and_little_is_built(kind, no_waiting):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(n, 1000) for n in (300, 700, 1100, 3000, 5000))).cuda()
+    weights = sum(layer.weight.nbytes for layer in model)
+    restrict = RangeProjection(model, kind) if kind in PROJECTIONS else RangeLoss(model, kind)
+
+    def step():
+        if kind in PROJECTIONS:
+            restrict.step(0.1)
+        else:
+            restrict.measure(0.1)
+            restrict.accumulate_grad_()
+
+    step()
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    no_waiting()
+    step()
+    assert torch.cuda.max_memory_allocated() - held < 0.05 * weights
+
+
+@pytest.mark.parametrize(("k", "d"), [(2, 1), (16, 1), (4, 2)])
+def test_soft_kmeans_and_its_gradient_are_the_same(k, d):
+    generator = torch.Generator().manual_seed(0)
+    block, slope = 0.02 * torch.randn(2, 3, 40000, generator=generator)
+    centroids = 0.03 * torch.randn(3, k, d, generator=generator)
+    results = []
+    for device in ("cpu", "cuda"):
+        weight = block.to(device).requires_grad_()
+        soft = soft_kmeans(weight, centroids.to(device).squeeze(2), 0.05, tolerance=0)
+        (gradient,) = torch.autograd.grad(soft.weights, weight, slope.to(device))
+        results.append([tensor.detach().cpu() for tensor in (*soft, gradient)])
+    for expected, found in zip(*results, strict=True):
+        assert (found - expected).norm() <= 2e-4 * expected.norm()
 
 
 def test_checkpoint_saved_on_the_cpu_loads_on_the_device_bit_equal(tmp_path):

@@ -47,7 +47,7 @@ def test_the_largest_elements_are_found_with_their_signs_once_each(cached, searc
     tops = searched.tops()
     assert tops.tolist() == [row.abs().max().item() for block in blocks for row in block]
     level = tops.where(wanted, torch.inf)
-    elements, whole = searched.find(level)
+    _, _, elements, whole = searched.find(level)
     found = [torch.zeros_like(block) for block in blocks]
     for picked, signs in elements:
         assert not set(picked.index) & set(whole)
@@ -73,14 +73,14 @@ def test_what_is_not_finite_is_seen_in_any_chunk(monkeypatch, place, bad):
 def test_blocks_without_elements_have_no_largest():
     searched = search_largest([torch.zeros(1, 0), torch.tensor([[1.0, -2.0]])])
     assert searched.tops().tolist() == [0, 2]
-    ((picked, signs),), whole = searched.find(searched.tops())
+    _, _, ((picked, signs),), whole = searched.find(searched.tops())
     assert picked.index[1].tolist() == [1]
     assert (signs.tolist(), whole) == ([-1], [])
 
 
 def test_a_block_of_many_ties_is_left_whole():
     searched = search_largest([torch.ones(1, 1 << 14), torch.arange(300.0)[None]])
-    elements, whole = searched.find(searched.tops())
+    _, _, elements, whole = searched.find(searched.tops())
     assert whole == [0]
     assert np.array_equal(elements[0][0].groups, [1])
 

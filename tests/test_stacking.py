@@ -11,22 +11,16 @@ from hf_r2.losses import RANGE_LOSSES
 GRAINS = ["tensor", "channel", 3, 6]  # 3 and 6 divide 12 inputs
 
 
-@pytest.fixture
-def as_on_an_accelerator(monkeypatch):
-    monkeypatch.setattr(stacking, "_on_cpu", lambda weight: False)
+@pytest.fixture(params=["on_a_cpu", "on_tiles"])
+def place(request):
+    """Passes as they are made on a CPU, and by the kernels, which Triton's interpreter runs."""
+    if request.param == "on_tiles":
+        request.getfixturevalue("interpreted_kernels")
 
 
 @pytest.fixture
 def each_alone(monkeypatch):
-    monkeypatch.setattr(stacking, "_likeness", lambda weight, local, strength: None)
-
-
-@pytest.fixture
-def as_on_a_cpu():
-    pass
-
-
-together = pytest.mark.parametrize("place", ["as_on_an_accelerator", "as_on_a_cpu"])
+    monkeypatch.setattr(stacking, "_likeness", lambda local: None)
 
 
 @pytest.fixture
@@ -57,12 +51,10 @@ def assert_same_gradients(actual, expected):
             )
 
 
-@together
 @pytest.mark.parametrize("factors", [None, {"1.*": 0.5, "3.*": 2.0}])
 @pytest.mark.parametrize("grain", GRAINS)
 @pytest.mark.parametrize("kind", RANGE_LOSSES)
-def test_stacked_weights_are_measured_and_written_as_each_alone(request, model, kind, grain, factors, place):
-    request.getfixturevalue(place)
+def test_stacked_weights_are_measured_and_written_as_each_alone(request, place, model, kind, grain, factors):
     stacked = restricted(copy.deepcopy(model), kind, grain, factors)
     request.getfixturevalue("each_alone")
     alone = restricted(copy.deepcopy(model), kind, grain, factors)
@@ -72,10 +64,8 @@ def test_stacked_weights_are_measured_and_written_as_each_alone(request, model, 
     torch.testing.assert_close(stacked[3], alone[3])
 
 
-@together
 @pytest.mark.parametrize("kind", RANGE_LOSSES)
-def test_stacked_gradients_by_autograd(request, model, kind, place):
-    request.getfixturevalue(place)
+def test_stacked_gradients_by_autograd(request, place, model, kind):
     expected = copy.deepcopy(model)
     RangeLoss(model, kind)().backward()
     request.getfixturevalue("each_alone")
@@ -84,11 +74,9 @@ def test_stacked_gradients_by_autograd(request, model, kind, place):
     assert_same_gradients(*gradients)
 
 
-@together
 @pytest.mark.parametrize("grain", GRAINS)
 @pytest.mark.parametrize(("kind", "strength"), [("clip", 1.0), ("clip", 0.4), ("prox", 0.05)])
-def test_stacked_weights_are_projected_as_each_alone(request, model, kind, strength, grain, place):
-    request.getfixturevalue(place)
+def test_stacked_weights_are_projected_as_each_alone(request, place, model, kind, strength, grain):
     expected = copy.deepcopy(model)
     RangeProjection(model, kind, grain).step(strength)
     request.getfixturevalue("each_alone")
@@ -97,33 +85,22 @@ def test_stacked_weights_are_projected_as_each_alone(request, model, kind, stren
         torch.testing.assert_close(actual, parameter)
 
 
-def members(weights, grain, strengths=None):
-    return [stack.members for stack in stacking.stack_alike(weights, grain, strengths or [1.0] * len(weights))]
+def members(weights, grain):
+    return [some for some, _ in stacking.put_together(weights, grain)]
 
 
-@together
-def test_a_stack_holds_no_more_than_a_piece(request, monkeypatch, place):
-    request.getfixturevalue(place)
+def test_a_stack_holds_no_more_than_a_piece(monkeypatch):
     monkeypatch.setattr(stacking, "DEVICE_PIECE", 200)
     assert members([torch.randn(8, 12) for _ in range(5)], "channel") == [[0, 1], [2, 3], [4]]
 
 
-@together
-def test_uneven_groups_are_not_stacked(request, place):
-    request.getfixturevalue(place)
+def test_uneven_groups_are_not_stacked():
     assert members([torch.randn(8, 12) for _ in range(3)], 5) == [[0], [1], [2]]
-
-
-def test_strengths_that_are_tensors_are_stacked_on_a_cpu_alone(monkeypatch):
-    weights, strengths = [torch.randn(8, 12) for _ in range(3)], list(torch.linspace(1, 2, 3))
-    assert members(weights, "channel", strengths) == [[0, 1, 2]]
-    monkeypatch.setattr(stacking, "_on_cpu", lambda weight: False)
-    assert members(weights, "channel", strengths) == [[0], [1], [2]]
 
 
 @pytest.mark.parametrize("grain", GRAINS)
 @pytest.mark.parametrize("kind", ["clip", "prox"])
-def test_stacked_weights_are_projected_with_strengths_of_their_own(request, model, kind, grain):
+def test_stacked_weights_are_projected_with_strengths_of_their_own(request, place, model, kind, grain):
     expected, strengths = copy.deepcopy(model), torch.linspace(0.02, 0.5, 7)
     projection = RangeProjection(model, kind, grain)
     for _ in range(2):

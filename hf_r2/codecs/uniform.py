@@ -126,12 +126,13 @@ def grid_of(low: Tensor, high: Tensor, settings: CodecSettings) -> tuple[Tensor,
     half = 2 ** (settings.bits - 1)
     if settings.symmetric:
         steps = {"restricted": half - 1, "full": (2 * half - 1) / 2, "midrise": half}[str(settings.grid)]
-        scale = torch.maximum(low.abs(), high.abs()) / steps
+        scale = torch.maximum(low.abs(), high.abs()) / torch.full_like(high, steps)
         return scale, _symmetric_offset(scale, settings)
     low, high = low.clamp_max(0), high.clamp_min(0)
-    steps = 2 * half - 1
+    # By a tensor: a device multiplies by the inverse of a number, which rounds otherwise
+    steps = torch.full_like(high, 2 * half - 1)
     scale = high / steps - low / steps
-    return scale, (-low / divisor(scale)).round().clamp_max(steps)
+    return scale, (-low / divisor(scale)).round().clamp_max(2 * half - 1)
 
 
 def percentile(block: Tensor, percentage: float) -> Tensor:

@@ -52,8 +52,11 @@ def _measure(target: float, weight: LocalWeight) -> Routine[Measured]:
 
     def add_gradient(grads: Sequence[Tensor], scale: Tensor | float) -> None:
         # dκ/dx_i = 4 / (n·m2²) · (x_i³ − m3 − κ·m2·x_i), with x = unit · (W − μ)
-        outer = 4 * slopes * units * scale / weight.group_elements()
+        outer = 4 * slopes * units * scale / weight.group_elements
         terms = torch.stack([outer, third, ratio * second, means, units], dim=1).to(units.dtype)
+        if weight.tiles is not None:
+            weight.tiles.add_kurtosis_gradient(grads, terms)
+            return
         for block, grad, of_block in zip(weight.blocks(), grads, weight.split(terms), strict=True):
             for band, (piece, target_piece) in pieces(block, grad):
                 factor, cube, linear, mean, unit = of_block[band, :, None].unbind(dim=1)
@@ -65,6 +68,9 @@ def _measure(target: float, weight: LocalWeight) -> Routine[Measured]:
 
 def _moments(weight: LocalWeight, units: Tensor, centres: Tensor, powers: list[int]) -> Routine[tuple[Tensor, ...]]:
     """Mean of `(unit · (W − centre))^power` for each group, `(groups,)` in float64, by power."""
+    if weight.tiles is not None:
+        found = weight.tiles.moments(units, centres) / weight.group_elements
+        return tuple(found[power - 1] for power in powers)
     sums = torch.zeros(len(units), len(powers), dtype=torch.float64, device=units.device)
     for block, *parts in zip(weight.blocks(), *map(weight.split, (units, centres, sums)), strict=True):
         unit, centre, total = parts
@@ -76,4 +82,4 @@ def _moments(weight: LocalWeight, units: Tensor, centres: Tensor, powers: list[i
                 term = term * x
             total[band] += torch.stack([terms[power] for power in powers], dim=1)
     sums = yield from weight.total(sums)
-    return (sums.T / weight.group_elements()).unbind()
+    return (sums.T / weight.group_elements).unbind()

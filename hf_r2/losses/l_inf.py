@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,33 +45,14 @@ def find_largest(weight: LocalWeight, level: Tensor | None = None) -> Routine[tu
         The largest magnitudes; 1 for each group that has a gradient, 0 for others; and a function that adds scale ×
         `sign(W)` on the largest elements of these, shared between ties, to blocks in place.
     """
-    blocks = weight.blocks()
-    search = search_largest(blocks)
+    search = search_largest(weight.blocks(), weight.tiles)
     yield
     tops = yield from weight.maximum(search.tops())
     counted = torch.ones_like(tops) if level is None else (tops > level).to(tops.dtype)
-    wanted = tops.where(counted > 0, torch.inf)
-    elements, whole = search.find(wanted)
-    counts = torch.zeros_like(tops)
-    for picked, _ in elements:
-        counts += torch.from_numpy(np.bincount(picked.groups, minlength=len(tops)))
-    if whole:
-        parts, levels = weight.split(counts), weight.split(wanted)
-        for b in whole:
-            parts[b].copy_(_is_largest(blocks[b], levels[b]).sum(dim=1))
-    counts = yield from weight.total(counts)
+    found = search.find(tops.where(counted > 0, torch.inf))
+    counts = yield from weight.total(found.counts())
 
     def add_gradient(grads: Sequence[Tensor], scale: Tensor | float) -> None:
-        shares = weight.per_group(scale).to(counts.dtype) / counts.clamp_min(1)
-        for picked, signs in elements:
-            picked.add(grads, (signs * shares.numpy()[picked.groups])[:, None])
-        if whole:
-            levels, of_blocks = weight.split(wanted), weight.split(shares)
-            for b in whole:
-                grads[b].addcmul_(blocks[b].sign(), _is_largest(blocks[b], levels[b]) * of_blocks[b][:, None])
+        found.add(grads, weight.per_group(scale).to(counts.dtype) / counts.clamp_min(1))
 
     return tops, counted, add_gradient
-
-
-def _is_largest(block: Tensor, top: Tensor) -> Tensor:
-    return block.abs() == top[:, None]

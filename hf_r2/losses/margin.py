@@ -62,6 +62,8 @@ def _furthest(weight: LocalWeight, level: Tensor) -> Routine[tuple[Tensor, Tenso
 
 def _all(weight: LocalWeight, level: Tensor) -> Routine[tuple[Tensor, Tensor, AddGradient]]:
     """Take every element outside; only the cells that hold one are looked at again, unless they are many."""
+    if weight.tiles is not None:
+        return _all_of_tiles(weight, level)
     blocks = weight.blocks()
     cells = Cells(blocks, crowded(blocks, level), level)
     yield
@@ -85,6 +87,16 @@ def _all(weight: LocalWeight, level: Tensor) -> Routine[tuple[Tensor, Tensor, Ad
                     target.add_(_signs_outside(piece, limit[band]).mul_(factor[band, None]))
 
     return sums, counts, add_gradient
+
+
+def _all_of_tiles(weight: LocalWeight, level: Tensor) -> tuple[Tensor, Tensor, AddGradient]:
+    level = level.float()
+    (sums, counts), outside = weight.tiles.excess(level)
+
+    def add_gradient(grads: Sequence[Tensor], scale: Tensor | float) -> None:
+        weight.tiles.add_signs_outside(grads, outside, level, weight.per_group(scale).float())
+
+    return sums.float(), counts.float(), add_gradient
 
 
 def _signs_outside(values: Tensor, level: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from hf_r2.losses.term import Measure, Measured, add_up, measure_all, range_term
 from hf_r2.moments import extremes, require_finite
 from hf_r2.selection import current_weights, output_first, scaled, select_trainable
 from hf_r2.sharding import LocalWeight, Routine, cut_again, run
-from hf_r2.stacking import Stack, stack_alike
+from hf_r2.stacking import Stack, Stacker
 
 RANGE_LOSSES = ("l_inf", "margin", "soft_min_max", "tail", "kurtosis")
 
@@ -92,6 +92,7 @@ class RangeLoss(nn.Module):
         self.kurtosis_target = kurtosis_target
         self.compiled = False
         self.learnable = nn.ParameterDict(self._first_values(temperature))
+        self._stacker = Stacker(self.grain)
         self._stacks: list[Stack] = []
         self._measured: list[Measured] = []
 
@@ -114,8 +115,7 @@ class RangeLoss(nn.Module):
             ValueError: naming weights that hold NaN or infinite values, unless they lie on an accelerator, where the
                 host would have to wait to learn it.
         """
-        strengths = scaled(strength, self.factors, len(self.selection))
-        self._stacks = stack_alike(self._weights(), self.grain, strengths)
+        self._stacks = self._stacker.stack(self._weights(), scaled(strength, self.factors))
         self._measured = measure_all(self._routine(), self._stacks, self._learned())
         value = add_up(self._measured, self._stacks).float()
         if value.is_cpu and not value.isfinite():
@@ -137,13 +137,10 @@ class RangeLoss(nn.Module):
         """
         names = list(self.selection)
         for stack, measured in zip(self._stacks, self._measured, strict=True):
-            strength = stack.strength
-            if isinstance(strength, Tensor):
-                strength = strength.to(stack.weight.tensor.device)
-            add = partial(measured.add_gradient, scale=stack.per_group(strength * grad_scale))
+            add = partial(measured.add_gradient, scale=stack.per_group(stack.strength * grad_scale))
             _add_gradients([self.selection[names[index]] for index in stack.members], stack, add)
             if measured.learned is not None:
-                found = measured.learned * stack.per_group(strength)
+                found = measured.learned * stack.per_group(stack.strength)
                 for index, values in zip(stack.members, stack.cut(found), strict=True):
                     _add(self.learnable[_key(names[index])], values)
         self._stacks, self._measured = [], []

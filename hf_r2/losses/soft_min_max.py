@@ -65,9 +65,12 @@ def _measure(compiled: bool, weight: LocalWeight, temperatures: Tensor) -> Routi
     learned = yield from weight.whole(variance.to(size.dtype) - penalty)
 
     def add_gradient(grads: Sequence[Tensor], scale: Tensor | float) -> None:
-        add = fused(_add_gradient) if compiled else _add_gradient
         coefficients = torch.cat([end.coefficients(rates) for end in (high, low)], dim=1)
         coefficients = (coefficients * weight.per_group(scale)[:, None]).to(size.dtype)
+        if weight.tiles is not None:
+            weight.tiles.add_soft_gradient(grads, rates, bounds, coefficients)
+            return
+        add = fused(_add_gradient) if compiled else _add_gradient
         of_blocks = map(weight.split, (rates, bounds, coefficients, _once(rates, bounds)))
         for block, grad, rate, bound, c, once in zip(weight.blocks(), grads, *of_blocks, strict=True):
             once = bool(once.all())
@@ -122,6 +125,9 @@ def _rate(temperature: Tensor, size: Tensor) -> Tensor:
 def _soft_ends(
     weight: LocalWeight, rates: Tensor, bounds: Tensor, compiled: bool
 ) -> Routine[tuple[_SoftEnd, _SoftEnd]]:
+    if weight.tiles is not None:
+        sums = weight.tiles.soft_sums(rates, bounds).T
+        return _SoftEnd.of(sums[:, :3]), _SoftEnd.of(sums[:, 3:])
     kernel = fused(_exponential_sums) if compiled else _exponential_sums
     sums = torch.zeros(len(rates), 6, dtype=torch.float64, device=rates.device)
     of_blocks = map(weight.split, (rates, bounds, sums, _once(rates, bounds)))

@@ -47,6 +47,8 @@ def tail_mean_measure(fraction: float) -> Measure:
 def _measure(fraction: float, weight: LocalWeight) -> Routine[Measured]:
     # 0.07 · 100 is 7.000000000000001 in floating point: a hair above a whole number is that number
     sizes = [max(1, math.ceil(fraction * elements * (1 - 1e-9))) for elements in weight.elements]
+    if weight.tiles is not None:
+        return (yield from _measure_tiled(weight, sizes))
     tails = [_largest(block, size) for block, size in zip(weight.blocks(), sizes, strict=True)]
     candidates = yield from weight.gather([values for values, _ in tails])
     values, shares = [], []
@@ -66,6 +68,22 @@ def _measure(fraction: float, weight: LocalWeight) -> Routine[Measured]:
         ):
             share = share[:, : positions.shape[1]] * factor[:, None].to(share.dtype)
             grad.scatter_add_(1, positions, block.gather(1, positions).sign() * share)
+
+    return Measured(value, add_gradient)
+
+
+def _measure_tiled(weight: LocalWeight, sizes: list[int]) -> Routine[Measured]:
+    """Share the last places among all that tie for them."""
+    size = torch.from_numpy(np.repeat(np.array(sizes, np.float64), weight.groups_of_blocks))
+    size = size.to(weight.tensor.device, non_blocking=True)
+    level, reached = weight.tiles.level_of(size)
+    (sums, above), _ = weight.tiles.excess(level)
+    share = (size - above) / (reached - above)
+    value = yield from weight.over_groups((level + sums / size).float())
+
+    def add_gradient(grads: list[Tensor], scale: Tensor | float) -> None:
+        scales = weight.per_group(scale) / size
+        weight.tiles.add_signs_from(grads, level, scales.float(), (scales * share).float())
 
     return Measured(value, add_gradient)
 

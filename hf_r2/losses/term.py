@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from hf_r2.grain import Grain
 from hf_r2.selection import scaled
 from hf_r2.sharding import Routine, run
-from hf_r2.stacking import Stack, stack_alike
+from hf_r2.stacking import Stack, Stacker
 
 AddGradient = Callable[[Sequence[Tensor], Tensor | float], None]
 """`add_gradient(blocks, scale)` with a number, a scalar or one scale per group."""
@@ -89,7 +89,7 @@ class _RangeTerm(torch.autograd.Function):
         ctx: Any, measure: Measure, grain: Grain, factors: Tensor | None, count: int, *tensors: Tensor
     ) -> Tensor:
         weights, learned = tensors[:count], tensors[count:]
-        ctx.stacks = stack_alike(weights, grain, scaled(1.0, factors, count))
+        ctx.stacks = Stacker(grain).stack(weights, scaled(1.0, factors))
         ctx.measured = measure_all(measure, ctx.stacks, learned)
         # Saved, so that autograd notices if a weight is changed in place before backward
         ctx.save_for_backward(*weights)
