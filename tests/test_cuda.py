@@ -62,8 +62,9 @@ def restricted(device, dtype, kind, grain, strength):
         for _ in range(3):
             projection.step(strength)
         return [parameter.detach().cpu() for parameter in model.parameters()]
-    loss = RangeLoss(model, kind, grain)
-    for margins in loss.learnable.values() if kind == "margin" else ():
+    reduction = "sum" if kind == "margin sum" else "max"
+    loss = RangeLoss(model, kind.removesuffix(" sum"), grain, margin_reduction=reduction)
+    for margins in loss.learnable.values() if loss.kind == "margin" else ():
         margins.data.mul_(0.7)
     value = loss.measure(strength)
     loss.accumulate_grad_(3.0)
@@ -73,7 +74,7 @@ def restricted(device, dtype, kind, grain, strength):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("grain", ["tensor", "channel", 4, 64])
-@pytest.mark.parametrize("kind", [*RANGE_LOSSES, *PROJECTIONS])
+@pytest.mark.parametrize("kind", [*RANGE_LOSSES, "margin sum", *PROJECTIONS])
 def test_ranges_are_restricted_the_same(kind, grain, dtype):
     expected, found = (restricted(device, dtype, kind, grain, 0.4) for device in ("cpu", "cuda"))
     for one, other in zip(found, expected, strict=True):

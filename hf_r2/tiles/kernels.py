@@ -8,10 +8,10 @@ nothing depends on the order in which programs run.
 import triton
 import triton.language as tl
 
-FIELDS: tl.constexpr = 6
+FIELDS = tl.constexpr(6)
 """Of a block: elements of a group, groups, first program, tiles of a group, first group, first slot."""
 
-MAGNITUDE: tl.constexpr = 0x7FFFFFFF
+MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 """Bits of a float32 without its sign; as whole numbers they are in the order of the magnitudes, NaN above infinity."""
 
 
