@@ -14,6 +14,7 @@ from hf_r2.moments import require_finite, rms
 from hf_r2.selection import current_weights, scaled, select_trainable
 from hf_r2.sharding import LocalWeight, Routine, run
 from hf_r2.stacking import Stack, Stacker
+from hf_r2.tiles import Recorded, Tiles
 
 PROJECTIONS = ("prox", "clip")
 
@@ -29,13 +30,11 @@ class Limits(NamedTuple):
 
     Args:
         level: `(groups,)`.
-        picked: what holds all elements above it; with kernels of their own, nothing.
-        tops: see [`hf_r2.tiles.Tiles.clamp`].
+        picked: what holds all elements above it.
     """
 
     level: Tensor
-    picked: Picked | None
-    tops: Tensor | None = None
+    picked: Picked
 
 
 class RangeProjection:
@@ -117,6 +116,19 @@ class RangeProjection:
             return
         weights = current_weights(self.selection)
         stacks = self._stacker.stack(weights, scaled(strength, self.factors))
+        for stack in stacks:
+            if stack.weight.tiles is not None:
+                self._step_on_device(stack)
+        self._step_elsewhere([stack for stack in stacks if stack.weight.tiles is None], weights)
+
+    def _step_on_device(self, stack: Stack) -> None:
+        weight = stack.weight
+        if weight.repeated is None:
+            work = partial(_prox_tiles, weight.tiles) if self.kind == "prox" else partial(_clip_tiles, weight, self.clip)
+            weight.repeated = Recorded(work, weight.held_groups, weight.tensor.device)
+        weight.repeated(stack.per_group(stack.strength))
+
+    def _step_elsewhere(self, stacks: Sequence[Stack], weights: Sequence[Tensor]) -> None:
         if self.kind == "prox":
             routines = [
                 _prox_limits(stack.weight, stack.per_group(stack.strength), self._before(stack), self.compiled)
@@ -128,8 +140,10 @@ class RangeProjection:
         for stack, limits in zip(stacks, found, strict=True):
             for index, level in zip(stack.members, stack.cut(limits.level), strict=True):
                 self._levels[index] = level
-        if all(level.is_cpu for level in self._levels):
-            require_finite(self.selection, self._levels)
+        if all(limits.level.is_cpu for limits in found):
+            members = [index for stack in stacks for index in stack.members]
+            names = list(self.selection)
+            require_finite([names[index] for index in members], [self._levels[index] for index in members])
         for stack, limits in zip(stacks, found, strict=True):
             whole = self.kind == "prox" or (isinstance(stack.strength, float) and stack.strength == 1)
             share = None if whole else stack.per_group(stack.strength)
@@ -140,6 +154,16 @@ class RangeProjection:
         """Put the levels of the last step together; None in the first."""
         levels = [self._levels[index] for index in stack.members]
         return None if levels[0] is None else torch.cat(levels)
+
+
+def _prox_tiles(tiles: Tiles, amounts: Tensor) -> None:
+    level, tops = tiles.level_above(amounts)
+    tiles.clamp(level, tops=tops)
+
+
+def _clip_tiles(weight: LocalWeight, multiple: float, shares: Tensor) -> None:
+    (size,) = run([rms(weight)])
+    weight.tiles.clamp(multiple * size, shares.float())
 
 
 def clip_to_rms(weight: Tensor, multiple: float, grain: Grain = "tensor") -> Tensor:
@@ -181,8 +205,6 @@ def prox_l_inf(weight: Tensor, t: float, grain: Grain = "tensor") -> Tensor:
 
 def _clip_limits(weight: LocalWeight, multiple: float) -> Routine[Limits]:
     size = yield from rms(weight)
-    if weight.tiles is not None:
-        return Limits(multiple * size, None)
     return Limits(multiple * size, Picked([], list(range(len(weight.blocks())))))
 
 
@@ -197,9 +219,6 @@ def _prox_limits(
     look.
     """
     t = weight.per_group(t).double()
-    if weight.tiles is not None:
-        level, tops = weight.tiles.level_above(t)
-        return Limits(level, None, tops)
     blocks = weight.blocks()
     warm = before is not None and before.is_cpu and not weight.spread
     many = crowded(blocks, before) if warm else [False] * len(blocks)
@@ -266,7 +285,8 @@ def _limit_of_many(block: Tensor, limit: float, t: float, compiled: bool) -> flo
         if sample is None:  # after the first pass, which leaves the elements near
             sample = sample_magnitudes(block, max(SAMPLED_CELLS, block.numel() // (CELL * SAMPLED_SHARE)))
         start, limit = limit, max(limit + (total - t) / count, 0.0)  # in this order, NaN stays
-        crossed = sample[(sample > min(start, limit)) & (sample < max(start, limit))]
+        # With what ties at the start, which was not counted: elements that no optimizer step has moved
+        crossed = sample[(sample > min(start, limit)) & (sample <= max(start, limit))]
         missed = block.numel() / sample.size * np.abs(crossed - limit).sum(dtype=np.float64).item()
         if abs(limit - start) * count <= 0.02 * total and missed <= 3e-4 * total:
             return limit + missed / count
@@ -299,11 +319,7 @@ def _clamped(weight: Tensor, grain: Grain, limits: Callable[[LocalWeight], Routi
 
 def _clamp(blocks: Sequence[Tensor], weight: LocalWeight, limits: Limits, share: Tensor | float | None = None) -> None:
     """Go a share of the way to the limits, or all of it; the cells picked go all of it."""
-    level, picked, tops = limits
-    if weight.tiles is not None:
-        shares = None if share is None else weight.per_group(share).float()
-        weight.tiles.clamp(blocks, level, shares, tops)
-        return
+    level, picked = limits
     for batch in picked.cells:
         bound = level.numpy()[batch.groups, None]
         batch.write(blocks, np.clip(batch.of(blocks), -bound, bound))

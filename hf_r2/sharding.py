@@ -55,6 +55,7 @@ class LocalWeight:
         elements: elements of a whole group, one number per block.
         spread: whether the elements of one group lie on several processes.
         tiles: what passes over the blocks are done with, if kernels of their own do them.
+        repeated: what is then done again and again, as the one who does it recorded it.
 
     Raises:
         ValueError: for an unknown grain and an empty weight.
@@ -63,6 +64,7 @@ class LocalWeight:
     mesh: Any = None
     spread = False
     tiles: Tiles | None = None
+    repeated: Any = None
 
     def __init__(self, weight: Tensor, grain: Grain) -> None:
         self.grain = parse_grain(grain)

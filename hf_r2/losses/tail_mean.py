@@ -1,6 +1,5 @@
 """The tail-mean range loss."""
 
-import math
 from functools import partial
 
 import numpy as np
@@ -45,10 +44,9 @@ def tail_mean_measure(fraction: float) -> Measure:
 
 
 def _measure(fraction: float, weight: LocalWeight) -> Routine[Measured]:
-    # 0.07 · 100 is 7.000000000000001 in floating point: a hair above a whole number is that number
-    sizes = [max(1, math.ceil(fraction * elements * (1 - 1e-9))) for elements in weight.elements]
     if weight.tiles is not None:
-        return (yield from _measure_tiled(weight, sizes))
+        return (yield from _measure_tiled(fraction, weight))
+    sizes = _sizes(fraction, torch.tensor(weight.elements)).int().tolist()
     tails = [_largest(block, size) for block, size in zip(weight.blocks(), sizes, strict=True)]
     candidates = yield from weight.gather([values for values, _ in tails])
     values, shares = [], []
@@ -72,10 +70,9 @@ def _measure(fraction: float, weight: LocalWeight) -> Routine[Measured]:
     return Measured(value, add_gradient)
 
 
-def _measure_tiled(weight: LocalWeight, sizes: list[int]) -> Routine[Measured]:
+def _measure_tiled(fraction: float, weight: LocalWeight) -> Routine[Measured]:
     """Share the last places among all that tie for them."""
-    size = torch.from_numpy(np.repeat(np.array(sizes, np.float64), weight.groups_of_blocks))
-    size = size.to(weight.tensor.device, non_blocking=True)
+    size = _sizes(fraction, weight.tiles.elements)
     level, reached = weight.tiles.level_of(size)
     (sums, above), _ = weight.tiles.excess(level)
     share = (size - above) / (reached - above)
@@ -86,6 +83,12 @@ def _measure_tiled(weight: LocalWeight, sizes: list[int]) -> Routine[Measured]:
         weight.tiles.add_signs_from(grads, level, scales.float(), (scales * share).float())
 
     return Measured(value, add_gradient)
+
+
+def _sizes(fraction: float, elements: Tensor) -> Tensor:
+    """Count the elements in the tails of groups of so many."""
+    # 0.07 · 100 is 7.000000000000001 in floating point: a hair above a whole number is that number
+    return (fraction * elements.double() * (1 - 1e-9)).ceil().clamp_min(1)
 
 
 def _largest(block: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from hf_r2.grain import Grain
 from hf_r2.selection import scaled
-from hf_r2.sharding import Routine, run
+from hf_r2.sharding import LocalWeight, Routine, run
 from hf_r2.stacking import Stack, Stacker
+from hf_r2.tiles import Recorded
 
 AddGradient = Callable[[Sequence[Tensor], Tensor | float], None]
 """`add_gradient(blocks, scale)` with a number, a scalar or one scale per group."""
@@ -70,11 +71,53 @@ def measure_all(measure: Measure, stacks: Sequence[Stack], learned: Sequence[Ten
         stacks: the weights.
         learned: for each weight, not each stack, its learnable values; or nothing.
     """
+    own = [[learned[index] for index in stack.members] if learned else [] for stack in stacks]
     with torch.no_grad():
-        if not learned:
-            return run([measure(stack.weight) for stack in stacks])
-        together = [torch.cat([learned[index] for index in stack.members]) for stack in stacks]
-        return run([measure(stack.weight, values) for stack, values in zip(stacks, together, strict=True)])
+        return run([_measure_stack(measure, stack, values) for stack, values in zip(stacks, own, strict=True)])
+
+
+def _measure_stack(measure: Measure, stack: Stack, learned: list[Tensor]) -> Routine[Measured]:
+    if stack.weight.tiles is None:
+        return (yield from _measure_once(measure, stack.weight, learned))
+    places = [values.data_ptr() for values in learned]
+    if stack.weight.repeated is None or stack.weight.repeated.places != places:
+        stack.weight.repeated = _Repeated(measure, stack.weight, learned, places)
+    return stack.weight.repeated.measure()
+
+
+def _measure_once(measure: Measure, weight: LocalWeight, learned: list[Tensor]) -> Routine[Measured]:
+    return (yield from measure(weight, torch.cat(learned)) if learned else measure(weight))
+
+
+class _Repeated:
+    """A range loss of weights on a device, measured and written again and again.
+
+    Args:
+        measure: the loss's routine.
+        weight: the weights as one.
+        learned: for each of them, its learnable values; or nothing.
+        places: where these lie.
+    """
+
+    def __init__(self, measure: Measure, weight: LocalWeight, learned: list[Tensor], places: list[int]) -> None:
+        self.places = places
+        self._tiles, self._targets = weight.tiles, []
+        place = weight.held_groups, weight.tensor.device
+        self._read = Recorded(lambda _: run([_measure_once(measure, weight, learned)])[0], *place)
+        self._write = Recorded(lambda scale: self._read.result.add_gradient(self._targets, scale), *place)
+
+    def measure(self) -> Measured:
+        measured = self._read()
+        return measured._replace(add_gradient=partial(self._add_gradient, measured))
+
+    def _add_gradient(self, measured: Measured, targets: Sequence[Tensor], scale: Tensor | float) -> None:
+        if measured is not self._read.result:  # which is not recorded yet
+            measured.add_gradient(targets, scale)
+            return
+        self._targets = targets
+        self._tiles.aim(targets)
+        self._write(scale)
+        self._targets = []
 
 
 def add_up(measured: Sequence[Measured], stacks: Sequence[Stack]) -> Tensor:

@@ -463,7 +463,7 @@ def add_kurtosis_gradient(
 def clamp(
     layout,
     owners,
-    targets,
+    addresses,
     level,
     shares,
     tops,
@@ -481,9 +481,10 @@ def clamp(
         top = tl.load(tops + slot, mask=there, other=0).to(tl.float32, bitcast=True)
         wanted = tl.max((there & ~(top <= bound)).to(tl.int32), axis=0)
     if wanted > 0:
-        values = _load(targets, block, offset, inside, DTYPE)
+        values = _load(addresses, block, offset, inside, DTYPE)
         limited = tl.maximum(tl.minimum(values, bound[:, None]), -bound[:, None])
         changed = inside & (tl.abs(values) > bound[:, None])
         if SHARED:
-            limited = values + (limited - values) * tl.load(shares + group, mask=there, other=0.0)[:, None]
-        _store(targets, block, offset, changed, limited, DTYPE)
+            share = tl.load(shares + group, mask=there, other=0.0)[:, None]
+            limited = tl.where(share == 1, limited, values + (limited - values) * share)
+        _store(addresses, block, offset, changed, limited, DTYPE)

@@ -9,11 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_r2.tiles.recorded import on_device
+
 _AREA = 4096
 """Elements of a tile."""
 
 _WIDTHS = (16, 64, 256, 1024, _AREA)
 """Columns of a tile: as many as repay the kernels of their own that the rows of each width need."""
+
+_WARPS = 8
 
 _WIDE = 1024
 """Slots that are folded at a time."""
@@ -44,6 +48,10 @@ class Tiles:
 
     Args:
         blocks: contiguous, `(groups, elements)` each, float32, bfloat16 or float16.
+
+    Attributes:
+        groups: how many there are.
+        elements: of each group, float64.
     """
 
     def __init__(self, blocks: Sequence[Tensor]) -> None:
@@ -65,12 +73,16 @@ class Tiles:
         self._layout = self._move(np.stack(fields, axis=1))
         self._starts = self._move(np.append(0, np.cumsum(np.repeat(tiles, groups))))
         self.groups, self._slots = int(groups.sum()), int((groups * tiles).sum())
-        self._elements = self._move(np.repeat(n, groups).astype(np.float64))
-        self._addresses = self._move(_addresses(blocks))
-        self._target: tuple[list[int], Tensor] = ([], self._addresses)
+        self.elements = self._move(np.repeat(n, groups).astype(np.float64))
+        self._addresses = self._move(np.array(_addresses(blocks)))
+        self._aim, self._targets = _addresses(blocks), self._addresses.clone()
 
     def largest(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Find the largest magnitude of each group, how many elements have it, and those of its tiles; see [`add_largest`]."""
+        """Find the largest magnitude of each group.
+
+        Returns:
+            The magnitudes and how many elements have them, `(groups,)` in float32, and what [`add_largest`] needs.
+        """
         tops, counts = torch.empty(2, self._slots, dtype=torch.int32, device=self._device).unbind()
         self._launch("largest", tops, counts)
         top = torch.empty(self.groups, dtype=torch.int32, device=self._device)
@@ -87,7 +99,7 @@ class Tiles:
             wanted: magnitudes not below the largest of their group, float32.
             shares: float32.
         """
-        self._launch("add_largest", self._at(targets), tops, wanted.view(torch.int32), shares)
+        self._launch("add_largest", self.aim(targets), tops, wanted.view(torch.int32), shares)
 
     def ends_and_squares(self) -> Tensor:
         """Return largest elements, smallest with their signs turned, and sums of squares: `(3, groups)`, float64."""
@@ -105,7 +117,7 @@ class Tiles:
 
     def add_signs_outside(self, targets: Sequence[Tensor], counts: Tensor, level: Tensor, scales: Tensor) -> None:
         """Add scale × sign(W) to the elements above the level that [`excess`] was asked for; all float32."""
-        self._launch("add_signs_outside", self._at(targets), counts, level, scales)
+        self._launch("add_signs_outside", self.aim(targets), counts, level, scales)
 
     def level_of(self, ranks: Tensor) -> tuple[Tensor, Tensor]:
         """Find the magnitude of each group that as many elements reach as its rank says, and how many really do.
@@ -126,13 +138,13 @@ class Tiles:
             found = counts.gather(0, (digit - 1).clamp_min(0)[None])[0]
             reached = torch.where(digit > 0, found, reached)
             prefix += (digit << shift).int()
-        return prefix.view(torch.float32), torch.where(prefix > 0, reached, self._elements)
+        return prefix.view(torch.float32), torch.where(prefix > 0, reached, self.elements)
 
     def add_signs_from(
         self, targets: Sequence[Tensor], level: Tensor, scales: Tensor, scales_at: Tensor
     ) -> None:
         """Add scale × sign(W) to the elements above a level, and another scale's to those at it; all float32."""
-        self._launch("add_signs_from", self._at(targets), level, scales, scales_at)
+        self._launch("add_signs_from", self.aim(targets), level, scales, scales_at)
 
     def soft_sums(self, rates: Tensor, bounds: Tensor) -> Tensor:
         """Sum `e`, `e·d` and `e·d²`, `e = exp(−rate · d)`, over the distances d from both ends: `(6, groups)`, float64.
@@ -154,7 +166,7 @@ class Tiles:
             bounds: see there.
             coefficients: c0 and c1 of both ends, `(groups, 4)`, float32.
         """
-        self._launch("add_soft_gradient", self._at(targets), rates, bounds, coefficients)
+        self._launch("add_soft_gradient", self.aim(targets), rates, bounds, coefficients)
 
     def moments(self, units: Tensor, centres: Tensor) -> Tensor:
         """Sum the powers 1 to 4 of `unit · (W − centre)`: `(4, groups)` in float64, from float32."""
@@ -167,7 +179,7 @@ class Tiles:
             targets: see [`add_largest`].
             terms: factor, cube, linear, mean and unit, `(groups, 5)`, float32.
         """
-        self._launch("add_kurtosis_gradient", self._at(targets), terms)
+        self._launch("add_kurtosis_gradient", self.aim(targets), terms)
 
     def level_above(self, amounts: Tensor) -> tuple[Tensor, Tensor]:
         """Find the level above which a group's magnitudes stand out by an amount in total, or 0.
@@ -193,22 +205,20 @@ class Tiles:
             self._fold("newton_step", partials, self._slots, amounts, lowest, level, settled)
         return level, tops
 
-    def clamp(
-        self, targets: Sequence[Tensor], level: Tensor, share: Tensor | None = None, tops: Tensor | None = None
-    ) -> None:
-        """Limit magnitudes to a level, or go a share of the way there; both float32."""
+    def clamp(self, level: Tensor, share: Tensor | None = None, tops: Tensor | None = None) -> None:
+        """Limit the blocks' magnitudes to a level, or go a share of the way there; both float32."""
         rest = level if share is None else share, level if tops is None else tops
-        flags = {"SHARED": share is not None, "SKIPPING": tops is not None}
-        self._launch("clamp", level, *rest, first=self._at(targets), **flags)
+        self._launch("clamp", level, *rest, SHARED=share is not None, SKIPPING=tops is not None)
 
     def totals(self, values: Tensor, starts: Tensor) -> Tensor:
         """Add up values of neighbouring groups, from each start to the next: float64."""
         result = torch.empty(len(starts) - 1, dtype=torch.float64, device=self._device)
-        grid = (len(result), 1)
-        _kernels().fold[grid](starts, values, result, len(values), len(result), MAXIMA=0, WIDE=_WIDE)
+        self._fold_columns(starts, values[None], result[None])
         return result
 
-    def _reduce(self, kernel: str, columns: int, dtype: torch.dtype, *arguments: Tensor, maxima: int = 0, **flags: Any) -> Tensor:
+    def _reduce(
+        self, kernel: str, columns: int, dtype: torch.dtype, *arguments: Tensor, maxima: int = 0, **flags: Any
+    ) -> Tensor:
         partials = self._partials(columns, dtype)
         self._launch(kernel, partials, self._slots, *arguments, **flags)
         return self._folded(partials, maxima)
@@ -219,46 +229,46 @@ class Tiles:
     def _folded(self, partials: Tensor, maxima: int = 0) -> Tensor:
         if self._slots == self.groups:  # one tile for each
             return partials.double()
-        columns = len(partials)
-        result = torch.empty(columns, self.groups, dtype=torch.float64, device=self._device)
-        grid = (self.groups, columns)
-        _kernels().fold[grid](
-            self._starts, partials, result, self._slots, self.groups, MAXIMA=maxima, WIDE=_WIDE
-        )
+        result = torch.empty(len(partials), self.groups, dtype=torch.float64, device=self._device)
+        self._fold_columns(self._starts, partials, result, maxima)
         return result
 
-    def _fold(self, kernel: str, *arguments: Any, **flags: Any) -> None:
-        getattr(_kernels(), kernel)[(self.groups,)](self._starts, *arguments, WIDE=_WIDE, **flags)
-
-    def _launch(self, kernel: str, *arguments: Any, first: Tensor | None = None, **flags: Any) -> None:
-        run, addresses = getattr(_kernels(), kernel), self._addresses if first is None else first
-        arguments = [each.contiguous() if isinstance(each, Tensor) else each for each in arguments]
-        for owners, rows, columns in self._launches:
-            run[(len(owners),)](
-                self._layout,
-                owners,
-                addresses,
-                *arguments,
-                DTYPE=self._dtype,
-                ROWS=rows,
-                COLUMNS=columns,
-                num_warps=8,
-                **flags,
+    def _fold_columns(self, starts: Tensor, partials: Tensor, result: Tensor, maxima: int = 0) -> None:
+        columns, segments = result.shape
+        with on_device(self._device):
+            _kernels().fold[(segments, columns)](
+                starts, partials, result, partials.shape[1], segments, MAXIMA=maxima, WIDE=_WIDE
             )
 
-    def _at(self, targets: Sequence[Tensor]) -> Tensor:
-        """Return where targets lie, as the device knows it."""
-        addresses = [target.data_ptr() for target in targets]
-        if addresses != self._target[0]:
-            self._target = addresses, self._move(np.array(addresses))
-        return self._target[1]
+    def _fold(self, kernel: str, *arguments: Any, **flags: Any) -> None:
+        """Launch a kernel for each group."""
+        with on_device(self._device):
+            getattr(_kernels(), kernel)[(self.groups,)](self._starts, *arguments, WIDE=_WIDE, **flags)
+
+    def _launch(self, kernel: str, *arguments: Any, **flags: Any) -> None:
+        """Launch a kernel for the tiles of each width."""
+        arguments = [each.contiguous() if isinstance(each, Tensor) else each for each in arguments]
+        shared = {"DTYPE": self._dtype, "num_warps": _WARPS, **flags}
+        with on_device(self._device):
+            for owners, rows, columns in self._launches:
+                getattr(_kernels(), kernel)[(len(owners),)](
+                    self._layout, owners, self._addresses, *arguments, ROWS=rows, COLUMNS=columns, **shared
+                )
+
+    def aim(self, targets: Sequence[Tensor]) -> Tensor:
+        """Tell the device where targets lie, at a place that stays the same; return it."""
+        addresses = _addresses(targets)
+        if addresses != self._aim:
+            self._targets.copy_(torch.from_numpy(np.array(addresses)), non_blocking=True)
+            self._aim = addresses
+        return self._targets
 
     def _move(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
 
 
-def _addresses(blocks: Sequence[Tensor]) -> np.ndarray:
-    return np.array([block.data_ptr() for block in blocks])
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 def _before(counts: np.ndarray) -> np.ndarray:
