@@ -124,7 +124,9 @@ class RangeProjection:
     def _step_on_device(self, stack: Stack) -> None:
         weight = stack.weight
         if weight.repeated is None:
-            work = partial(_prox_tiles, weight.tiles) if self.kind == "prox" else partial(_clip_tiles, weight, self.clip)
+            work = (
+                partial(_prox_tiles, weight.tiles) if self.kind == "prox" else partial(_clip_tiles, weight, self.clip)
+            )
             weight.repeated = Recorded(work, weight.held_groups, weight.tensor.device)
         weight.repeated(stack.per_group(stack.strength))
 

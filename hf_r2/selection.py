@@ -18,6 +18,7 @@ from hf_r2.adapters import (
     is_copied,
 )
 
+_WRAPPERS = (AdaptedLayer, LatentLayer)
 _COMPUTE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 
 
@@ -136,7 +137,7 @@ def output_first(module: nn.Module, weight: Tensor) -> Tensor:
 
 def base_layer(module: nn.Module) -> nn.Module:
     """Return the layer that a module is, under any adapters and compression-aware training."""
-    return module.base_layer if isinstance(module, AdaptedLayer | LatentLayer) else module
+    return module.base_layer if isinstance(module, _WRAPPERS) else module
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

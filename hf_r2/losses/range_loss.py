@@ -135,14 +135,13 @@ class RangeLoss(nn.Module):
         Args:
             grad_scale: what the gradients of the weights are multiplied by, under a gradient scaler.
         """
-        names = list(self.selection)
+        owners, learned = list(self.selection.values()), self._learned()
         for stack, measured in zip(self._stacks, self._measured, strict=True):
             add = partial(measured.add_gradient, scale=stack.per_group(stack.strength * grad_scale))
-            _add_gradients([self.selection[names[index]] for index in stack.members], stack, add)
+            _add_gradients([owners[index] for index in stack.members], stack, add)
             if measured.learned is not None:
-                found = measured.learned * stack.per_group(stack.strength)
-                for index, values in zip(stack.members, stack.cut(found), strict=True):
-                    _add(self.learnable[_key(names[index])], values)
+                found = stack.cut(measured.learned * stack.per_group(stack.strength))
+                _add_all([learned[index] for index in stack.members], found)
         self._stacks, self._measured = [], []
 
     @torch.no_grad()
@@ -240,9 +239,8 @@ def _add_gradients(owners: list[tuple[nn.Module, str]], stack: Stack, add: Calla
             weight = getattr(module, attribute)
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         parts = torch.autograd.grad(weight, parameters, target, allow_unused=True)
-        for parameter, part in zip(parameters, parts, strict=True):
-            if part is not None:
-                _add(parameter, part)
+        found = [(parameter, part) for parameter, part in zip(parameters, parts, strict=True) if part is not None]
+        _add_all(*zip(*found, strict=True))
 
 
 def _gradient_of(weight: Tensor) -> Tensor:
@@ -261,9 +259,11 @@ def _norm(gradient: Tensor | None) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
-    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    parameter.grad.add_(gradient)
+def _add_all(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    torch._foreach_add_([parameter.grad for parameter in parameters], list(gradients))
 
 
 def _key(name: str) -> str:

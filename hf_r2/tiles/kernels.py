@@ -62,9 +62,7 @@ def _sign(values):
 
 
 @triton.jit
-def largest(
-    layout, owners, addresses, tops, counts, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def largest(layout, owners, addresses, tops, counts, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Largest magnitude, as its bits, and how many elements have it."""
     block, _, slot, offset, inside, there = _tile(layout, owners, ROWS, COLUMNS)
     bits = _magnitude_bits(_load(addresses, block, offset, inside, DTYPE))
@@ -74,9 +72,7 @@ def largest(
 
 
 @triton.jit
-def ends(
-    layout, owners, addresses, partials, slots, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def ends(layout, owners, addresses, partials, slots, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Largest element, smallest with its sign turned, and sum of squares, which no float32 leaves in float64."""
     block, _, slot, offset, inside, there = _tile(layout, owners, ROWS, COLUMNS)
     values = _load(addresses, block, offset, inside, DTYPE)
@@ -178,7 +174,7 @@ def moments(
         power *= x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift"])
 def count_from(
     layout,
     owners,
@@ -186,21 +182,17 @@ def count_from(
     partials,
     slots,
     prefix,
-    SHIFT: tl.constexpr,
+    shift,
     DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """How many elements' magnitudes, as bits, are not below `prefix + (digit << SHIFT)`, for the digits 1 to 15."""
+    """How many elements' magnitudes, as bits, are not below `prefix + (digit << shift)`, for the digits 1 to 15."""
     block, group, slot, offset, inside, there = _tile(layout, owners, ROWS, COLUMNS)
     bits = _magnitude_bits(_load(addresses, block, offset, inside, DTYPE))
     start = tl.load(prefix + group, mask=there, other=0)[:, None]
     for digit in tl.static_range(1, 16):
-        # The first digit has three bits: beyond, nothing is as large
-        if (digit << SHIFT) < 0x80000000:
-            count = tl.sum((inside & (bits - start >= (digit << SHIFT))).to(tl.float32), axis=1)
-        else:
-            count = tl.zeros([ROWS], tl.float32)
+        count = tl.sum((inside & (bits - start >= (digit << shift))).to(tl.float32), axis=1)
         tl.store(partials + (digit - 1) * slots + slot, count, mask=there)
 
 

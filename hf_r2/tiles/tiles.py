@@ -133,16 +133,15 @@ class Tiles:
         prefix = torch.zeros(self.groups, dtype=torch.int32, device=self._device)
         reached = torch.zeros_like(ranks)
         for shift in range(28, -1, -4):
-            counts = self._reduce("count_from", 15, torch.float32, prefix, SHIFT=shift)
+            counts = self._reduce("count_from", 15, torch.float32, prefix, shift)
+            counts = counts[: (1 << (31 - shift)) - 1]  # the first digit has three bits
             digit = (counts >= ranks).sum(dim=0)
             found = counts.gather(0, (digit - 1).clamp_min(0)[None])[0]
             reached = torch.where(digit > 0, found, reached)
             prefix += (digit << shift).int()
         return prefix.view(torch.float32), torch.where(prefix > 0, reached, self.elements)
 
-    def add_signs_from(
-        self, targets: Sequence[Tensor], level: Tensor, scales: Tensor, scales_at: Tensor
-    ) -> None:
+    def add_signs_from(self, targets: Sequence[Tensor], level: Tensor, scales: Tensor, scales_at: Tensor) -> None:
         """Add scale × sign(W) to the elements above a level, and another scale's to those at it; all float32."""
         self._launch("add_signs_from", self.aim(targets), level, scales, scales_at)
 
@@ -155,9 +154,7 @@ class Tiles:
         """
         return self._reduce("soft_sums", 6, torch.float32, rates, bounds)
 
-    def add_soft_gradient(
-        self, targets: Sequence[Tensor], rates: Tensor, bounds: Tensor, coefficients: Tensor
-    ) -> None:
+    def add_soft_gradient(self, targets: Sequence[Tensor], rates: Tensor, bounds: Tensor, coefficients: Tensor) -> None:
         """Add `e · (c0 − c1 · d)` of the high end, and take away that of the low end.
 
         Args:
@@ -217,10 +214,10 @@ class Tiles:
         return result
 
     def _reduce(
-        self, kernel: str, columns: int, dtype: torch.dtype, *arguments: Tensor, maxima: int = 0, **flags: Any
+        self, kernel: str, columns: int, dtype: torch.dtype, *arguments: Tensor | int, maxima: int = 0
     ) -> Tensor:
         partials = self._partials(columns, dtype)
-        self._launch(kernel, partials, self._slots, *arguments, **flags)
+        self._launch(kernel, partials, self._slots, *arguments)
         return self._folded(partials, maxima)
 
     def _partials(self, columns: int, dtype: torch.dtype) -> Tensor:
