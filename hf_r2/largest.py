@@ -33,7 +33,7 @@ class Found(NamedTuple):
     whole: list[int]
 
     def counts(self) -> Tensor:
-        """Number of them in each group, `(groups,)`, as floats."""
+        """Count them in each group, `(groups,)`, as floats."""
         counts = torch.zeros_like(self.level)
         for picked, _ in self.elements:
             counts += torch.from_numpy(np.bincount(picked.groups, minlength=len(counts)))

@@ -18,6 +18,7 @@ from hf_r2.adapters import (
     is_copied,
 )
 
+_OUTPUT_FIRST = frozenset({nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding})
 _WRAPPERS = (AdaptedLayer, LatentLayer)
 _COMPUTE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 
@@ -132,6 +133,8 @@ def scaled(strength: Tensor | float, factors: Tensor | None) -> Tensor | float:
 
 def output_first(module: nn.Module, weight: Tensor) -> Tensor:
     """Put the output channels of a weight first: transpose that of a transformers Conv1D. Its own inverse."""
+    if type(module) in _OUTPUT_FIRST:  # most are, and it is asked at every step
+        return weight
     return weight.T if isinstance(base_layer(module), Conv1D) else weight
 
 

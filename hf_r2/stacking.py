@@ -69,16 +69,13 @@ class BesideEachOther(LocalWeight):
 
     def _update_tiled(self, targets: Sequence[Tensor], change: Callable[[list[Tensor]], None]) -> None:
         """Let `change` write to tensors that lie in memory as the weights do: the targets, or copies of them."""
-        lying, copied = [], []
-        for part, target in zip(self.parts, targets, strict=True):
-            ordered = part.ordered(target)
-            if not ordered.is_contiguous() or ordered.dtype != self.tensor.dtype:
-                copied.append((ordered, ordered.to(self.tensor.dtype).contiguous()))
-                ordered = copied[-1][1]
-            lying.append(ordered)
+        ordered = [part.ordered(target) for part, target in zip(self.parts, targets, strict=True)]
+        dtype = self.tensor.dtype
+        lying = [each if each.is_contiguous() and each.dtype == dtype else _contiguous(each, dtype) for each in ordered]
         change(lying)
-        for target, copy in copied:
-            target.copy_(copy)
+        for target, written in zip(ordered, lying, strict=True):
+            if written is not target:
+                target.copy_(written)
 
 
 class Stack(NamedTuple):
@@ -121,14 +118,14 @@ class Stacker:
 
     def __init__(self, grain: Grain) -> None:
         self.grain = grain
-        self._places: list[object] | None = None
+        self._places: object = None
         self._together: list[tuple[list[int], LocalWeight]] = []
 
     def stack(self, weights: Sequence[Tensor], strength: Tensor | float) -> list[Stack]:
         """Put weights, output channels first, together; the strength is one for all or one per weight."""
         # What is computed from parameters is new at every step, and held on to no longer
-        lasting = not any(isinstance(weight, DTensor) for weight in weights) and all(map(_is_parameter, weights))
-        places = [(weight.data_ptr(), weight.shape) for weight in weights] if lasting else None
+        lasting = all(type(weight) is nn.Parameter or type(weight._base) is nn.Parameter for weight in weights)
+        places = ([w.data_ptr() for w in weights], [w.shape for w in weights]) if lasting else None
         if places is None or places != self._places:
             self._places, self._together = places, put_together(weights, self.grain)
         stacks = [Stack(members, weight, _part(strength, members, weight)) for members, weight in self._together]
@@ -190,8 +187,8 @@ def _part(strength: Tensor | float, members: Sequence[int], weight: LocalWeight)
     return part.to(weight.tensor.device, non_blocking=True)
 
 
-def _is_parameter(weight: Tensor) -> bool:
-    return isinstance(weight, nn.Parameter) or isinstance(weight._base, nn.Parameter)
+def _contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype).contiguous()
 
 
 def _on_cpu(weight: Tensor) -> bool:

@@ -55,7 +55,7 @@ def odd_weights(dtype=torch.float32):
 
 
 def restricted(device, dtype, kind, grain, strength):
-    """Values and gradients of a range loss, and the weights that a projection leaves, in steps that move the weights."""
+    """Values and gradients of a range loss, or the weights a projection leaves, in steps that move the weights."""
     model = odd_weights(dtype).to(device)
     found, kept = [], []
     if kind in PROJECTIONS:
@@ -63,7 +63,7 @@ def restricted(device, dtype, kind, grain, strength):
         for step in range(5):
             move(model, step)
             projection.step(strength * (1 + step))
-            found += [parameter.detach().cpu() for parameter in model.parameters()]
+            found += [parameter.detach().cpu().clone() for parameter in model.parameters()]
         return found
     reduction = "sum" if kind == "margin sum" else "max"
     loss = RangeLoss(model, kind.removesuffix(" sum"), grain, margin_reduction=reduction)

@@ -14,7 +14,7 @@ from hf_r2.losses.l_inf import measure_l_inf
 from hf_r2.losses.margin import margin_measure
 from hf_r2.losses.soft_min_max import first_temperature, soft_min_max_measure
 from hf_r2.losses.tail_mean import tail_mean_measure
-from hf_r2.losses.term import Measure, Measured, add_up, measure_all, range_term
+from hf_r2.losses.term import Measure, Measured, measure_all, range_term
 from hf_r2.moments import extremes, require_finite
 from hf_r2.selection import current_weights, output_first, scaled, select_trainable
 from hf_r2.sharding import LocalWeight, Routine, cut_again, run
@@ -93,8 +93,7 @@ class RangeLoss(nn.Module):
         self.compiled = False
         self.learnable = nn.ParameterDict(self._first_values(temperature))
         self._stacker = Stacker(self.grain)
-        self._stacks: list[Stack] = []
-        self._measured: list[Measured] = []
+        self._measured: list[tuple[Stack, Measured]] = []
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Fuse the passes of `"soft_min_max"` with `torch.compile`; the other losses have nothing to fuse."""
@@ -115,12 +114,13 @@ class RangeLoss(nn.Module):
             ValueError: naming weights that hold NaN or infinite values, unless they lie on an accelerator, where the
                 host would have to wait to learn it.
         """
-        self._stacks = self._stacker.stack(self._weights(), scaled(strength, self.factors))
-        self._measured = measure_all(self._routine(), self._stacks, self._learned())
-        value = add_up(self._measured, self._stacks).float()
+        stacks = self._stacker.stack(self._weights(), scaled(strength, self.factors))
+        measured, value = measure_all(self._routine(), stacks, self._learned())
+        self._measured = list(zip(stacks, measured, strict=True))
+        value = value.float()
         if value.is_cpu and not value.isfinite():
             found = {}
-            for stack, measured in zip(self._stacks, self._measured, strict=True):
+            for stack, measured in self._measured:
                 found |= zip(stack.members, measured.value.expand(len(stack.members)), strict=True)
             require_finite(self.selection, [found[index] for index in range(len(self.selection))])
         return value
@@ -136,13 +136,13 @@ class RangeLoss(nn.Module):
             grad_scale: what the gradients of the weights are multiplied by, under a gradient scaler.
         """
         owners, learned = list(self.selection.values()), self._learned()
-        for stack, measured in zip(self._stacks, self._measured, strict=True):
+        for stack, measured in self._measured:
             add = partial(measured.add_gradient, scale=stack.per_group(stack.strength * grad_scale))
             _add_gradients([owners[index] for index in stack.members], stack, add)
             if measured.learned is not None:
                 found = stack.cut(measured.learned * stack.per_group(stack.strength))
                 _add_all([learned[index] for index in stack.members], found)
-        self._stacks, self._measured = [], []
+        self._measured = []
 
     @torch.no_grad()
     def gradient_ratios(self) -> Tensor:
@@ -175,7 +175,7 @@ class RangeLoss(nn.Module):
     def _own_gradients(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield name, weight and gradient of the loss last measured, at strength 1, one weight at a time."""
         names = list(self.selection)
-        for stack, measured in zip(self._stacks, self._measured, strict=True):
+        for stack, measured in self._measured:
             weights = [getattr(*self.selection[names[index]]) for index in stack.members]
             own = [torch.zeros_like(weight) for weight in weights]
             modules = [self.selection[names[index]][0] for index in stack.members]
@@ -231,15 +231,16 @@ def _add_gradients(owners: list[tuple[nn.Module, str]], stack: Stack, add: Calla
     weights = [getattr(module, attribute) for module, attribute in owners]
     targets = [_gradient_of(weight) for weight in weights]
     stack.update([output_first(module, target) for (module, _), target in zip(owners, targets, strict=True)], add)
-    for (module, attribute), weight, target in zip(owners, weights, targets, strict=True):
-        if isinstance(weight, nn.Parameter):
-            continue
+    computed = [index for index, weight in enumerate(weights) if not isinstance(weight, nn.Parameter)]
+    for (module, attribute), target in ((owners[index], targets[index]) for index in computed):
         # A weight computed from parameters (parametrized, or with adapters): its gradient goes on to them
         with torch.enable_grad():
             weight = getattr(module, attribute)
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         parts = torch.autograd.grad(weight, parameters, target, allow_unused=True)
-        found = [(parameter, part) for parameter, part in zip(parameters, parts, strict=True) if part is not None]
+        found = [
+            (parameter, part.clone()) for parameter, part in zip(parameters, parts, strict=True) if part is not None
+        ]
         _add_all(*zip(*found, strict=True))
 
 
@@ -260,10 +261,12 @@ def _norm(gradient: Tensor | None) -> Tensor:
 
 
 def _add_all(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    torch._foreach_add_([parameter.grad for parameter in parameters], list(gradients))
+    """Add to the gradients of parameters; what is added becomes the gradient of one that has none."""
+    if all(parameter.grad is not None for parameter in parameters):
+        torch._foreach_add_([parameter.grad for parameter in parameters], list(gradients))
+        return
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 def _key(name: str) -> str:

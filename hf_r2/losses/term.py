@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from hf_r2.grain import Grain
 from hf_r2.selection import scaled
 from hf_r2.sharding import LocalWeight, Routine, run
-from hf_r2.stacking import Stack, Stacker
+from hf_r2.stacking import BesideEachOther, Stack, Stacker
 from hf_r2.tiles import Recorded
 
 AddGradient = Callable[[Sequence[Tensor], Tensor | float], None]
@@ -63,26 +63,36 @@ def range_term(
     return _RangeTerm.apply(measure, grain, factors, len(weights), *weights, *learned)
 
 
-def measure_all(measure: Measure, stacks: Sequence[Stack], learned: Sequence[Tensor] = ()) -> list[Measured]:
+def measure_all(
+    measure: Measure, stacks: Sequence[Stack], learned: Sequence[Tensor] = ()
+) -> tuple[list[Measured], Tensor]:
     """Measure many weights, with one collective per step for all of them if they are cut over processes.
 
     Args:
         measure: the loss's routine.
         stacks: the weights.
         learned: for each weight, not each stack, its learnable values; or nothing.
+
+    Returns:
+        What was found out about each stack, and the sum of strength × value, on the device of the first.
     """
     own = [[learned[index] for index in stack.members] if learned else [] for stack in stacks]
     with torch.no_grad():
-        return run([_measure_stack(measure, stack, values) for stack, values in zip(stacks, own, strict=True)])
+        found = run([_measure_stack(measure, stack, values) for stack, values in zip(stacks, own, strict=True)])
+        sums = [total for _, total in found]
+        total = sums[0] if len(sums) == 1 else torch.stack([each.to(sums[0].device) for each in sums]).sum()
+    return [measured for measured, _ in found], total
 
 
-def _measure_stack(measure: Measure, stack: Stack, learned: list[Tensor]) -> Routine[Measured]:
+def _measure_stack(measure: Measure, stack: Stack, learned: list[Tensor]) -> Routine[tuple[Measured, Tensor]]:
+    """Measure weights, and add up strength × value."""
     if stack.weight.tiles is None:
-        return (yield from _measure_once(measure, stack.weight, learned))
+        measured = yield from _measure_once(measure, stack.weight, learned)
+        return measured, (measured.value * stack.strength).sum()
     places = [values.data_ptr() for values in learned]
     if stack.weight.repeated is None or stack.weight.repeated.places != places:
         stack.weight.repeated = _Repeated(measure, stack.weight, learned, places)
-    return stack.weight.repeated.measure()
+    return stack.weight.repeated.measure(stack.strength)
 
 
 def _measure_once(measure: Measure, weight: LocalWeight, learned: list[Tensor]) -> Routine[Measured]:
@@ -99,31 +109,34 @@ class _Repeated:
         places: where these lie.
     """
 
-    def __init__(self, measure: Measure, weight: LocalWeight, learned: list[Tensor], places: list[int]) -> None:
+    def __init__(self, measure: Measure, weight: BesideEachOther, learned: list[Tensor], places: list[int]) -> None:
         self.places = places
-        self._tiles, self._targets = weight.tiles, []
-        place = weight.held_groups, weight.tensor.device
-        self._read = Recorded(lambda _: run([_measure_once(measure, weight, learned)])[0], *place)
-        self._write = Recorded(lambda scale: self._read.result.add_gradient(self._targets, scale), *place)
+        self._measure, self._weight, self._learned = measure, weight, learned
+        self._targets: Sequence[Tensor] = []
+        self._read = Recorded(self._measure_now, len(weight.parts), weight.tensor.device)
+        self._write = Recorded(self._add_recorded, weight.held_groups, weight.tensor.device)
 
-    def measure(self) -> Measured:
-        measured = self._read()
-        return measured._replace(add_gradient=partial(self._add_gradient, measured))
+    def measure(self, strength: Tensor | float) -> tuple[Measured, Tensor]:
+        """Measure; see [`measure_all`]."""
+        found = self._read(strength)
+        measured, total = found
+        return measured._replace(add_gradient=partial(self._add_gradient, found)), total.clone()
 
-    def _add_gradient(self, measured: Measured, targets: Sequence[Tensor], scale: Tensor | float) -> None:
-        if measured is not self._read.result:  # which is not recorded yet
-            measured.add_gradient(targets, scale)
+    def _measure_now(self, strengths: Tensor) -> tuple[Measured, Tensor]:
+        (measured,) = run([_measure_once(self._measure, self._weight, self._learned)])
+        return measured, (measured.value * strengths).sum()
+
+    def _add_gradient(self, found: tuple[Measured, Tensor], targets: Sequence[Tensor], scale: Tensor | float) -> None:
+        if found is not self._read.result:  # which is not recorded yet
+            found[0].add_gradient(targets, scale)
             return
+        self._weight.tiles.aim(targets)
         self._targets = targets
-        self._tiles.aim(targets)
         self._write(scale)
         self._targets = []
 
-
-def add_up(measured: Sequence[Measured], stacks: Sequence[Stack]) -> Tensor:
-    """Sum of strength × value, on the device of the first."""
-    sums = [(one.value * stack.strength).sum() for one, stack in zip(measured, stacks, strict=True)]
-    return sums[0] if len(sums) == 1 else torch.stack([each.to(sums[0].device) for each in sums]).sum()
+    def _add_recorded(self, scale: Tensor) -> None:
+        self._read.result[0].add_gradient(self._targets, scale)
 
 
 class _RangeTerm(torch.autograd.Function):
@@ -133,10 +146,10 @@ class _RangeTerm(torch.autograd.Function):
     ) -> Tensor:
         weights, learned = tensors[:count], tensors[count:]
         ctx.stacks = Stacker(grain).stack(weights, scaled(1.0, factors))
-        ctx.measured = measure_all(measure, ctx.stacks, learned)
+        ctx.measured, total = measure_all(measure, ctx.stacks, learned)
         # Saved, so that autograd notices if a weight is changed in place before backward
         ctx.save_for_backward(*weights)
-        return add_up(ctx.measured, ctx.stacks)
+        return total
 
     @staticmethod
     @once_differentiable
