@@ -121,7 +121,13 @@ def select_trainable(
 
 def current_weights(selection: Mapping[str, tuple[nn.Module, str]]) -> list[Tensor]:
     """List the selected weights as they are now, output channels first."""
-    return [output_first(module, getattr(module, attribute)) for module, attribute in selection.values()]
+    return [output_first(module, held(module, attribute)) for module, attribute in selection.values()]
+
+
+def held(module: nn.Module, attribute: str) -> Tensor:
+    """Return a weight as its module has it now; a parameter straight from where `nn.Module` looks for it last."""
+    parameter = module.__dict__.get("_parameters", {}).get(attribute)
+    return getattr(module, attribute) if parameter is None else parameter
 
 
 def scaled(strength: Tensor | float, factors: Tensor | None) -> Tensor | float:

@@ -121,6 +121,13 @@ class Stacker:
         self._places: object = None
         self._together: list[tuple[list[int], LocalWeight]] = []
 
+    def __getstate__(self) -> dict[str, Grain]:
+        """Let a copy put its own weights together."""
+        return {"grain": self.grain}
+
+    def __setstate__(self, state: dict[str, Grain]) -> None:
+        self.__init__(state["grain"])
+
     def stack(self, weights: Sequence[Tensor], strength: Tensor | float) -> list[Stack]:
         """Put weights, output channels first, together; the strength is one for all or one per weight."""
         # What is computed from parameters is new at every step, and held on to no longer

@@ -19,7 +19,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 LAYERS = [
     {"files"},
     {"adapters"},
-    {"selection", "grain", "fusing"},
+    {"selection", "grain", "fusing", "tiles"},
     {"sharding", "cells", "largest"},
     {"stacking"},
     {"moments"},
@@ -116,6 +116,8 @@ def test_a_module_imports_and_its_all_names_exist(module):
 def test_public_classes_and_functions_are_documented_and_annotated(module):
     for name, node in public_definitions(TREES[module].body):
         assert ast.get_docstring(node), f"{name} has no docstring"
+    if module == "tiles/kernels.py":  # whose arguments Triton types when a kernel is launched
+        return
     functions = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     for function in functions:
         arguments = function.args
@@ -163,7 +165,7 @@ def test_imports_run_downwards(module):
         assert not imported
 
 
-MATHS = {"codecs", "losses", "grain", "fusing", "sharding", "cells", "largest", "moments"}
+MATHS = {"codecs", "losses", "grain", "fusing", "tiles", "sharding", "cells", "largest", "moments"}
 MATHS_MODULES = {"planning/allocation.py", "planning/sensitivity.py"}
 
 

@@ -128,3 +128,49 @@ def test_a_weight_that_is_not_a_number_is_named_whichever_it_is_stacked_with(mod
     for step in (loss.measure, projection.step):
         with pytest.raises(ValueError, match=r"^3\.weight: NaN"):
             step()
+
+
+def test_weights_stay_together_while_they_lie_where_they_did(model):
+    stacker, weights = stacking.Stacker("tensor"), [layer.weight for layer in model]
+    (first,), (again,) = stacker.stack(weights, 1.0), stacker.stack(weights, 0.5)
+    assert again.weight is first.weight and again.strength == 0.5
+    model[2].weight.data = model[2].weight.detach().clone()
+    (moved,) = stacker.stack(weights, 1.0)
+    assert moved.weight is not first.weight
+    assert moved.weight.blocks()[2].data_ptr() == weights[2].data_ptr()
+
+
+def test_weights_computed_anew_are_not_kept(model):
+    stacker = stacking.Stacker("tensor")
+    computed = [layer.weight.detach() * 2 for layer in model]
+    (first,), (again,) = stacker.stack(computed, 1.0), stacker.stack(computed, 1.0)
+    assert again.weight is not first.weight
+
+
+@pytest.mark.parametrize("kind", ["l_inf", "margin"])
+def test_a_copied_loss_restricts_its_own_model(place, model, kind):
+    loss = RangeLoss(model, kind)
+    loss.measure()
+    loss.accumulate_grad_()
+    copied, own = copy.deepcopy((loss, model))
+    with torch.no_grad():
+        own[0].weight.mul_(3)
+    assert copied.measure() > loss.measure()
+    assert own[0].weight.grad is not model[0].weight.grad
+
+
+@pytest.mark.parametrize("kind", ["l_inf", "soft_min_max"])
+def test_terms_of_two_losses_keep_their_gradients_until_backward(place, model, kind):
+    loss = RangeLoss(model, kind)
+    for strength in (1.0, 2.0, 3.0):  # as a device does again what it has done before
+        loss.measure(strength)
+        loss.accumulate_grad_()
+    model.zero_grad()
+    twin = copy.deepcopy(model)
+    first, second = loss(), loss()
+    (first + 2 * second).backward()
+    expected = RangeLoss(twin, kind)
+    expected.measure(3.0)
+    expected.accumulate_grad_()
+    for layer, other in zip(model, twin, strict=True):
+        torch.testing.assert_close(layer.weight.grad, other.weight.grad)

@@ -10,6 +10,7 @@ from hf_r2.grain import Grain, pieces
 from hf_r2.losses.term import Measure, Measured, range_term
 from hf_r2.moments import extremes
 from hf_r2.sharding import LocalWeight, Routine
+from hf_r2.stacking import Stacker
 
 UNIFORM_KURTOSIS = 1.8
 """Kurtosis of the uniform distribution (a normal one has 3, a Laplace one 6)."""
@@ -29,7 +30,7 @@ def kurtosis(weight: Tensor, target: float = UNIFORM_KURTOSIS, grain: Grain = "t
     Returns:
         Dimensionless scalar.
     """
-    return range_term(kurtosis_measure(target), grain, [weight])
+    return range_term(kurtosis_measure(target), Stacker(grain), [weight])
 
 
 def kurtosis_measure(target: float = UNIFORM_KURTOSIS) -> Measure:

@@ -9,6 +9,7 @@ from hf_r2.grain import Grain
 from hf_r2.largest import search_largest
 from hf_r2.losses.term import AddGradient, Measured, range_term
 from hf_r2.sharding import LocalWeight, Routine
+from hf_r2.stacking import Stacker
 
 
 def l_inf(weight: Tensor, grain: Grain = "tensor") -> Tensor:
@@ -24,7 +25,7 @@ def l_inf(weight: Tensor, grain: Grain = "tensor") -> Tensor:
     Returns:
         Scalar in units of the weight.
     """
-    return range_term(measure_l_inf, grain, [weight])
+    return range_term(measure_l_inf, Stacker(grain), [weight])
 
 
 def measure_l_inf(weight: LocalWeight) -> Routine[Measured]:

@@ -11,6 +11,7 @@ from hf_r2.grain import Grain, pieces
 from hf_r2.losses.l_inf import find_largest
 from hf_r2.losses.term import AddGradient, Measure, Measured, range_term
 from hf_r2.sharding import LocalWeight, Routine
+from hf_r2.stacking import Stacker
 
 MARGIN_REDUCTIONS = ("max", "sum")
 
@@ -35,7 +36,7 @@ def margin(weight: Tensor, margin: Tensor, grain: Grain = "tensor", reduction: s
     Raises:
         ValueError: for another reduction.
     """
-    return range_term(margin_measure(reduction), grain, [weight], [margin])
+    return range_term(margin_measure(reduction), Stacker(grain), [weight], [margin])
 
 
 def margin_measure(reduction: str) -> Measure:

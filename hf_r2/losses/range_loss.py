@@ -16,7 +16,7 @@ from hf_r2.losses.soft_min_max import first_temperature, soft_min_max_measure
 from hf_r2.losses.tail_mean import tail_mean_measure
 from hf_r2.losses.term import Measure, Measured, measure_all, range_term
 from hf_r2.moments import extremes, require_finite
-from hf_r2.selection import current_weights, output_first, scaled, select_trainable
+from hf_r2.selection import current_weights, held, output_first, scaled, select_trainable
 from hf_r2.sharding import LocalWeight, Routine, cut_again, run
 from hf_r2.stacking import Stack, Stacker
 
@@ -92,6 +92,7 @@ class RangeLoss(nn.Module):
         self.kurtosis_target = kurtosis_target
         self.compiled = False
         self.learnable = nn.ParameterDict(self._first_values(temperature))
+        self._keys = [_key(name) for name in self.selection] if len(self.learnable) else []
         self._stacker = Stacker(self.grain)
         self._measured: list[tuple[Stack, Measured]] = []
 
@@ -101,7 +102,7 @@ class RangeLoss(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the sum over the selected weights: a float32 scalar on the first weight's device, differentiable."""
-        return range_term(self._routine(), self.grain, self._weights(), self._learned(), self.factors).float()
+        return range_term(self._routine(), self._stacker, self._weights(), self._learned(), self.factors).float()
 
     @torch.no_grad()
     def measure(self, strength: Tensor | float = 1.0) -> Tensor:
@@ -201,7 +202,7 @@ class RangeLoss(nn.Module):
                 return kurtosis_measure(self.kurtosis_target)
 
     def _learned(self) -> list[Tensor]:
-        return [self.learnable[_key(name)] for name in self.selection] if len(self.learnable) else []
+        return [self.learnable._parameters[key] for key in self._keys]
 
     def _first_values(self, temperature: float | None) -> dict[str, nn.Parameter]:
         """First learnable values: the range as it is, or the temperature."""
@@ -228,7 +229,7 @@ def _range(weight: LocalWeight) -> Routine[Tensor]:
 
 def _add_gradients(owners: list[tuple[nn.Module, str]], stack: Stack, add: Callable[[list[Tensor]], None]) -> None:
     """Add to the gradients of the weights of a stack."""
-    weights = [getattr(module, attribute) for module, attribute in owners]
+    weights = [held(module, attribute) for module, attribute in owners]
     targets = [_gradient_of(weight) for weight in weights]
     stack.update([output_first(module, target) for (module, _), target in zip(owners, targets, strict=True)], add)
     computed = [index for index, weight in enumerate(weights) if not isinstance(weight, nn.Parameter)]

@@ -12,6 +12,7 @@ from hf_r2.grain import Grain, group_counts, pieces
 from hf_r2.losses.term import Measure, Measured, range_term
 from hf_r2.moments import extremes_and_rms
 from hf_r2.sharding import LocalWeight, Routine
+from hf_r2.stacking import Stacker
 
 LOWEST_START, HIGHEST_START = 1.0, 100.0
 """Between these a first temperature is sought. At 100 only groups whose largest elements nearly tie see less than
@@ -39,7 +40,7 @@ def soft_min_max(weight: Tensor, temperature: Tensor | float, grain: Grain = "te
     dtype = torch.promote_types(weight.dtype, torch.float32)
     temperatures = torch.as_tensor(temperature, dtype=dtype, device=weight.device)
     return range_term(
-        soft_min_max_measure(), grain, [weight], [temperatures.expand(sum(group_counts(weight.shape, grain)))]
+        soft_min_max_measure(), Stacker(grain), [weight], [temperatures.expand(sum(group_counts(weight.shape, grain)))]
     )
 
 

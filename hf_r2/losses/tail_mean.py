@@ -10,6 +10,7 @@ from hf_r2.cells import as_array
 from hf_r2.grain import Grain, pieces
 from hf_r2.losses.term import Measure, Measured, range_term
 from hf_r2.sharding import LocalWeight, Routine
+from hf_r2.stacking import Stacker
 
 SAMPLED = 1 << 14
 """Elements that estimate the level of a tail."""
@@ -33,7 +34,7 @@ def tail_mean(weight: Tensor, fraction: float = 0.01, grain: Grain = "tensor") -
     Raises:
         ValueError: for a fraction outside (0, 1].
     """
-    return range_term(tail_mean_measure(fraction), grain, [weight])
+    return range_term(tail_mean_measure(fraction), Stacker(grain), [weight])
 
 
 def tail_mean_measure(fraction: float) -> Measure:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_r2.grain import Grain
 from hf_r2.selection import scaled
 from hf_r2.sharding import LocalWeight, Routine, run
 from hf_r2.stacking import BesideEachOther, Stack, Stacker
@@ -43,7 +42,7 @@ Measure = Callable[..., Routine[Measured]]
 
 def range_term(
     measure: Measure,
-    grain: Grain,
+    stacker: Stacker,
     weights: Sequence[Tensor],
     learned: Sequence[Tensor] = (),
     factors: Tensor | None = None,
@@ -52,7 +51,7 @@ def range_term(
 
     Args:
         measure: the loss's routine.
-        grain: the groups whose range is restricted.
+        stacker: puts the weights together, with the groups whose range is restricted.
         weights: tensors or DTensors `(out, in, …)`, any float dtype.
         learned: for each weight, its learnable values `(groups,)`; or nothing.
         factors: for each weight, a factor on its loss, `(weights,)`; 1 without.
@@ -60,11 +59,11 @@ def range_term(
     Returns:
         Scalar in float32 or better, on the first weight's device.
     """
-    return _RangeTerm.apply(measure, grain, factors, len(weights), *weights, *learned)
+    return _RangeTerm.apply(measure, stacker, factors, len(weights), *weights, *learned)
 
 
 def measure_all(
-    measure: Measure, stacks: Sequence[Stack], learned: Sequence[Tensor] = ()
+    measure: Measure, stacks: Sequence[Stack], learned: Sequence[Tensor] = (), repeatedly: bool = True
 ) -> tuple[list[Measured], Tensor]:
     """Measure many weights, with one collective per step for all of them if they are cut over processes.
 
@@ -72,13 +71,21 @@ def measure_all(
         measure: the loss's routine.
         stacks: the weights.
         learned: for each weight, not each stack, its learnable values; or nothing.
+        repeatedly: whether what is found out about a stack is needed only until it is measured again.
 
     Returns:
         What was found out about each stack, and the sum of strength × value, on the device of the first.
     """
     own = [[learned[index] for index in stack.members] if learned else [] for stack in stacks]
     with torch.no_grad():
-        found = run([_measure_stack(measure, stack, values) for stack, values in zip(stacks, own, strict=True)])
+        found = run(
+            [
+                _measure_repeatedly(measure, stack, values)
+                if repeatedly and stack.weight.tiles is not None
+                else _measure_stack(measure, stack, values)
+                for stack, values in zip(stacks, own, strict=True)
+            ]
+        )
         sums = [total for _, total in found]
         total = sums[0] if len(sums) == 1 else torch.stack([each.to(sums[0].device) for each in sums]).sum()
     return [measured for measured, _ in found], total
@@ -86,17 +93,21 @@ def measure_all(
 
 def _measure_stack(measure: Measure, stack: Stack, learned: list[Tensor]) -> Routine[tuple[Measured, Tensor]]:
     """Measure weights, and add up strength × value."""
-    if stack.weight.tiles is None:
-        measured = yield from _measure_once(measure, stack.weight, learned)
-        return measured, (measured.value * stack.strength).sum()
-    places = [values.data_ptr() for values in learned]
-    if stack.weight.repeated is None or stack.weight.repeated.places != places:
-        stack.weight.repeated = _Repeated(measure, stack.weight, learned, places)
-    return stack.weight.repeated.measure(stack.strength)
+    measured = yield from _measure_once(measure, stack.weight, learned)
+    return measured, (measured.value * stack.strength).sum()
 
 
 def _measure_once(measure: Measure, weight: LocalWeight, learned: list[Tensor]) -> Routine[Measured]:
     return (yield from measure(weight, torch.cat(learned)) if learned else measure(weight))
+
+
+def _measure_repeatedly(measure: Measure, stack: Stack, learned: list[Tensor]) -> Routine[tuple[Measured, Tensor]]:
+    """Do what [`_measure_stack`] does, on a device."""
+    yield from ()
+    places = [values.data_ptr() for values in learned]
+    if stack.weight.repeated is None or stack.weight.repeated.places != places:
+        stack.weight.repeated = _Repeated(measure, stack.weight, learned, places)
+    return stack.weight.repeated.measure(stack.strength)
 
 
 class _Repeated:
@@ -142,11 +153,11 @@ class _Repeated:
 class _RangeTerm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, measure: Measure, grain: Grain, factors: Tensor | None, count: int, *tensors: Tensor
+        ctx: Any, measure: Measure, stacker: Stacker, factors: Tensor | None, count: int, *tensors: Tensor
     ) -> Tensor:
         weights, learned = tensors[:count], tensors[count:]
-        ctx.stacks = Stacker(grain).stack(weights, scaled(1.0, factors))
-        ctx.measured, total = measure_all(measure, ctx.stacks, learned)
+        ctx.stacks = stacker.stack(weights, scaled(1.0, factors))
+        ctx.measured, total = measure_all(measure, ctx.stacks, learned, repeatedly=False)
         # Saved, so that autograd notices if a weight is changed in place before backward
         ctx.save_for_backward(*weights)
         return total

@@ -58,7 +58,7 @@ def _sign(values):
     return tl.where(values > 0, 1.0, tl.where(values < 0, -1.0, 0.0))
 
 
-# --- partial results of tiles ------------------------------------------------------------------------------------------
+# --- partial results of tiles -----------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -136,7 +136,7 @@ def soft_sums(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Sums of `e`, `e·d` and `e·d²` with `e = exp(−rate · d)`, for the distances d from the high and the low end."""
+    """Sum `e`, `e·d` and `e·d²`, `e = exp(−rate · d)`, over the distances d from the high and the low end."""
     block, group, slot, offset, inside, there = _tile(layout, owners, ROWS, COLUMNS)
     values = _load(addresses, block, offset, inside, DTYPE)
     rate = tl.load(rates + group, mask=there, other=0.0)[:, None]
@@ -163,7 +163,7 @@ def moments(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Sums of the powers 1 to 4 of `unit · (W − centre)`."""
+    """Sum the powers 1 to 4 of `unit · (W − centre)`."""
     block, group, slot, offset, inside, there = _tile(layout, owners, ROWS, COLUMNS)
     unit = tl.load(units + group, mask=there, other=0.0)[:, None]
     centre = tl.load(centres + group, mask=there, other=0.0)[:, None]
@@ -212,7 +212,7 @@ def sampled_level(
 
     By Newton's method from 0. A level that is known already, not above the solution, is replaced by a higher one.
     """
-    block, group, _, _, inside, there = _tile(layout, owners, ROWS, COLUMNS)
+    block, group, _, _, _, there = _tile(layout, owners, ROWS, COLUMNS)
     fields = layout + block * FIELDS
     n, tiles = tl.load(fields), tl.load(fields + 3)
     number = tl.program_id(0) - tl.load(fields + 2)
@@ -237,7 +237,7 @@ def sampled_level(
         tl.store(level + group, tl.where(found < known, known, found), mask=there)
 
 
-# --- groups: what their slots hold -------------------------------------------------------------------------------------
+# --- groups: what their slots hold ------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -328,7 +328,7 @@ def newton_step(starts, partials, slots, amounts, lowest, level, settled, WIDE: 
         tl.store(settled + group, (stepped == before).to(tl.int32))
 
 
-# --- changes of weights and gradients ----------------------------------------------------------------------------------
+# --- changes of weights and gradients ---------------------------------------------------------------------------------
 
 
 @triton.jit

@@ -55,6 +55,7 @@ class Tiles:
     """
 
     def __init__(self, blocks: Sequence[Tensor]) -> None:
+        self._blocks = blocks  # whose memory the kernels are told of
         self._device = blocks[0].device
         self._dtype = _triton_dtype(blocks[0].dtype)
         shapes = np.array([block.shape for block in blocks])

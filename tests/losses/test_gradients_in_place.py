@@ -254,6 +254,8 @@ def test_gradient_of_special_weights_agrees_with_autograd(loss, weight, grain, c
     if loss == "tail":
         gradient, expected = per_place(gradient, weight), per_place(expected, weight)
     scale = max(1.0, expected.abs().max().item())
-    torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-4 * scale)
+    # The terms of a spike's kurtosis, which has no gradient, are a thousand times as large
+    atol = (1e-3 if loss == "kurtosis" else 1e-4) * scale
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=atol)
     if learned is not None:
         torch.testing.assert_close(learned.double(), expected_learned, rtol=1e-3, atol=1e-4)
