@@ -202,7 +202,8 @@ class RangeLoss(nn.Module):
                 return kurtosis_measure(self.kurtosis_target)
 
     def _learned(self) -> list[Tensor]:
-        return [self.learnable._parameters[key] for key in self._keys]
+        parameters = self.learnable._parameters  # which the module looks up step by step, and takes as long as a kernel
+        return [parameters[key] for key in self._keys]
 
     def _first_values(self, temperature: float | None) -> dict[str, nn.Parameter]:
         """First learnable values: the range as it is, or the temperature."""
