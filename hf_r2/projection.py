@@ -14,7 +14,7 @@ from hf_r2.moments import require_finite, rms
 from hf_r2.selection import current_weights, scaled, select_trainable
 from hf_r2.sharding import LocalWeight, Routine, run
 from hf_r2.stacking import Stack, Stacker
-from hf_r2.tiles import Recorded, Tiles
+from hf_r2.tiles import Recorded
 
 PROJECTIONS = ("prox", "clip")
 
@@ -116,21 +116,19 @@ class RangeProjection:
             return
         weights = current_weights(self.selection)
         stacks = self._stacker.stack(weights, scaled(strength, self.factors))
+        self._step_by_calls([stack for stack in stacks if stack.weight.tiles is None], weights)
         for stack in stacks:
             if stack.weight.tiles is not None:
-                self._step_on_device(stack)
-        self._step_elsewhere([stack for stack in stacks if stack.weight.tiles is None], weights)
+                self._step_by_kernels(stack)
 
-    def _step_on_device(self, stack: Stack) -> None:
+    def _step_by_kernels(self, stack: Stack) -> None:
         weight = stack.weight
         if weight.repeated is None:
-            work = (
-                partial(_prox_tiles, weight.tiles) if self.kind == "prox" else partial(_clip_tiles, weight, self.clip)
-            )
+            work = partial(_prox_tiles, weight) if self.kind == "prox" else partial(_clip_tiles, weight, self.clip)
             weight.repeated = Recorded(work, weight.held_groups, weight.tensor.device)
         weight.repeated(stack.per_group(stack.strength))
 
-    def _step_elsewhere(self, stacks: Sequence[Stack], weights: Sequence[Tensor]) -> None:
+    def _step_by_calls(self, stacks: Sequence[Stack], weights: Sequence[Tensor]) -> None:
         if self.kind == "prox":
             routines = [
                 _prox_limits(stack.weight, stack.per_group(stack.strength), self._before(stack), self.compiled)
@@ -158,9 +156,9 @@ class RangeProjection:
         return None if levels[0] is None else torch.cat(levels)
 
 
-def _prox_tiles(tiles: Tiles, amounts: Tensor) -> None:
-    level, tops = tiles.level_above(amounts)
-    tiles.clamp(level, tops=tops)
+def _prox_tiles(weight: LocalWeight, amounts: Tensor) -> None:
+    level, tops = weight.tiles.level_above(amounts)
+    weight.tiles.clamp(level, tops=tops)
 
 
 def _clip_tiles(weight: LocalWeight, multiple: float, shares: Tensor) -> None:

@@ -202,7 +202,7 @@ class RangeLoss(nn.Module):
                 return kurtosis_measure(self.kurtosis_target)
 
     def _learned(self) -> list[Tensor]:
-        parameters = self.learnable._parameters  # which the module looks up step by step, and takes as long as a kernel
+        parameters = self.learnable._parameters  # looked up once: by their names it takes as long as some kernels
         return [parameters[key] for key in self._keys]
 
     def _first_values(self, temperature: float | None) -> dict[str, nn.Parameter]:
@@ -240,10 +240,9 @@ def _add_gradients(owners: list[tuple[nn.Module, str]], stack: Stack, add: Calla
             weight = getattr(module, attribute)
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         parts = torch.autograd.grad(weight, parameters, target, allow_unused=True)
-        found = [
-            (parameter, part.clone()) for parameter, part in zip(parameters, parts, strict=True) if part is not None
-        ]
-        _add_all(*zip(*found, strict=True))
+        reached = [index for index, part in enumerate(parts) if part is not None]
+        # Copies, as parts of several parameters may be one tensor
+        _add_all([parameters[index] for index in reached], [parts[index].clone() for index in reached])
 
 
 def _gradient_of(weight: Tensor) -> Tensor:
@@ -264,7 +263,7 @@ def _norm(gradient: Tensor | None) -> Tensor:
 
 def _add_all(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     """Add to the gradients of parameters; what is added becomes the gradient of one that has none."""
-    if all(parameter.grad is not None for parameter in parameters):
+    if parameters and all(parameter.grad is not None for parameter in parameters):
         torch._foreach_add_([parameter.grad for parameter in parameters], list(gradients))
         return
     for parameter, gradient in zip(parameters, gradients, strict=True):
