@@ -132,9 +132,9 @@ def held(module: nn.Module, attribute: str) -> Tensor:
 
 def scaled(strength: Tensor | float, factors: Tensor | None) -> Tensor | float:
     """Strength × factor, one for all weights or one per weight, `(weights,)`; factors may lie on another device."""
-    if factors is None:
-        return strength
-    return strength * (factors.to(strength.device) if isinstance(strength, Tensor) else factors)
+    if not isinstance(strength, Tensor):
+        return float(strength) if factors is None else strength * factors
+    return strength if factors is None else strength * factors.to(strength.device)
 
 
 def output_first(module: nn.Module, weight: Tensor) -> Tensor:

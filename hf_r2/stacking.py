@@ -158,10 +158,15 @@ def put_together(weights: Sequence[Tensor], grain: Grain) -> list[tuple[list[int
         alike.setdefault(index if key is None else key, []).append(index)
     together = []
     for key, members in alike.items():
-        tiled = isinstance(key, tuple) and not _on_cpu(held[members[0]].tensor)
-        for some in [members] if tiled else _portions(members, weights):
-            parts = [held[index] for index in some]
-            together.append((some, BesideEachOther(parts, tiled) if tiled or len(parts) > 1 else parts[0]))
+        first = held[members[0]]
+        if key == members[0]:  # alone
+            together.append((members, first))
+        elif not _on_cpu(first.tensor):
+            together.append((members, BesideEachOther([held[index] for index in members], tiled=True)))
+        else:
+            for some in _portions(members, weights):
+                parts = [held[index] for index in some]
+                together.append((some, BesideEachOther(parts) if len(parts) > 1 else parts[0]))
     return together
 
 

@@ -5,7 +5,7 @@ from torch.nn.utils import parametrize
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_r2.selection import output_first, select_weights
+from hf_r2.selection import output_first, scaled, select_weights
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 
@@ -216,3 +216,9 @@ def test_output_first_puts_the_output_channels_first(zoo, name):
 def test_output_first_is_its_own_inverse(zoo, name):
     module = zoo[name]
     assert torch.equal(output_first(module, output_first(module, module.weight)), module.weight)
+
+
+def test_a_strength_of_any_number_is_a_float():
+    assert isinstance(scaled(1, None), float)
+    assert scaled(2, torch.tensor([0.5, 3.0])).tolist() == [1, 6]
+    assert scaled(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 3.0])).tolist() == [0.5, 6]
