@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_r2.cells import CELL, Cells, PickedCells, as_array, chunks_of, magnitudes
+from hf_r2.cells import CELL, Cells, PickedCells, arrays_of, magnitudes
 from hf_r2.tiles import Tiles
 
 
@@ -95,7 +95,7 @@ class InChunks:
 
     def __init__(self, blocks: Sequence[Tensor]) -> None:
         self._blocks = blocks
-        self._chunks = [[chunk for (chunk,) in chunks_of(block.view(-1))] if block.numel() else [] for block in blocks]
+        self._chunks = [arrays_of(block.view(-1)) for block in blocks]
         self._ends = [[magnitudes(chunk) for chunk in chunks] for chunks in self._chunks]
 
     def tops(self) -> Tensor:
@@ -121,12 +121,12 @@ class InChunks:
         found, start, count = [], 0, 0
         for chunk, ends in zip(self._chunks[b], self._ends[b], strict=True):
             for value in {sign * top for sign, end in zip((1, -1), ends, strict=True) if end == top}:
-                positions = np.flatnonzero(as_array(chunk) == value) + start
+                positions = np.flatnonzero(chunk == value) + start
                 found.append((positions, np.sign(value)))
                 count += len(positions)
             if count * CELL > self._blocks[b].numel() + CELL:
                 return None
-            start += chunk.shape[0]
+            start += len(chunk)
         return found
 
 
