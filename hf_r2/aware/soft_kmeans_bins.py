@@ -1,10 +1,11 @@
 """Bins of equal width for the elements of a block: which bin holds each element, and sums over the elements of bins.
 
-Passes go over a block in bands of groups, and over a band in pieces.
+Passes go over a block in bands of groups, and over a band in pieces. What is computed from one piece is written over
+what was computed from the one before: to get new pages of memory takes longer than the arithmetic.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +13,23 @@ from torch import Tensor
 MOST_BINS = 1 << 16
 """What a 16-bit number tells apart."""
 
-_PIECES = 20
-"""A pass works on at most this share, 1 / 20, of a block at a time, so that its temporaries are small beside it."""
+PIECE, COUNTED_PIECE = 1 << 15, 1 << 17
+"""Elements of a piece: what repays the calls, and stays near a core with what is looked up for it. Counting looks up
+nothing, and starts with a histogram of all bins: it takes more."""
 
-_LEAST_PIECE, MOST_PIECE = 1 << 15, 1 << 17
-"""Elements of a piece: what repays the calls, and what stays near a core. Counting builds little, and starts with a
-histogram of all bins: it takes the most."""
+
+class Scratch:
+    """Memory for what is computed from a piece, by name."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a tensor of the shape of another, with anything in it; always of one dtype for a name."""
+        held = self._held.get(name)
+        if held is None or held.shape != like.shape:
+            held = self._held[name] = torch.empty(like.shape, dtype=dtype)
+        return held
 
 
 class Bins(NamedTuple):
@@ -39,9 +51,9 @@ class Bins(NamedTuple):
         per_unit = ((count - 1) / (high.double() - low.double())).float()
         return cls((low.double() - 0.5 / per_unit.double()).float(), per_unit, count)
 
-    def place(self, piece: Tensor) -> Tensor:
-        """Return how many bins lie below each element."""
-        return (piece - self.low).mul_(self.per_unit)
+    def place(self, piece: Tensor, scratch: Scratch) -> Tensor:
+        """Return how many bins lie below each element, in float32."""
+        return torch.sub(piece, self.low, out=scratch("place", piece, torch.float32)).mul_(self.per_unit)
 
     def of_groups(self, groups: slice) -> "Bins":
         """Return those of some groups."""
@@ -62,10 +74,12 @@ class Bins(NamedTuple):
             `(groups, bins)`, float32.
         """
         counts, moments = torch.zeros(2, len(self.low), self.count).unbind()
+        scratch = Scratch()
         for piece, target in pieces:
-            place = self.place(piece)
-            number = place.int()
+            place = self.place(piece, scratch)
+            number = scratch("number", piece, torch.int32).copy_(place)
             target.copy_(number)
+            tell_apart_(number, self.count)
             counts += histogram(number, None, self.count)
             moments += histogram(number, place.frac_(), self.count)
         return counts, moments.sub_(counts, alpha=0.5)
@@ -84,60 +98,75 @@ class Bins(NamedTuple):
             Sums `(groups, bins)` of the dtype.
         """
         sums, firsts = torch.zeros(2, len(self.low), self.count, dtype=dtype).unbind()
+        scratch = Scratch()
         for piece, numbers, part in pieces:
-            number, part = unsigned(numbers, self.count), part.to(dtype)
+            number = tell_apart_(unsigned(numbers, scratch, self.count), self.count)
+            part = part if part.dtype == dtype else scratch("part", part, dtype).copy_(part)
             sums += histogram(number, part, self.count)
             if moments:
-                firsts += histogram(number, self.place(piece).frac_().sub_(0.5) * part, self.count)
+                distances = self.place(piece, scratch).frac_().sub_(0.5)
+                weights = torch.mul(distances, part, out=scratch("weights", part, dtype))
+                firsts += histogram(number, weights, self.count)
         return sums, firsts if moments else None
 
 
-def bands_of(
-    *parts: Tensor, least: int = _LEAST_PIECE, whole: bool = False
-) -> Iterator[tuple[slice, Iterator[tuple[Tensor, ...]]]]:
+def bands_of(*parts: Tensor, size: int = PIECE) -> Iterator[tuple[slice, Iterator[tuple[Tensor, ...]]]]:
     """Walk over blocks of one shape together, in bands of as many groups as make a piece, or of single groups.
 
+    Args:
+        *parts: the blocks.
+        size: elements of a piece, at most if a group has as many.
+
     Yields:
-        The slice of the groups, and an iterator over pieces of their columns, or one of all if they are to be whole:
-        one view for each block.
+        The slice of the groups, and an iterator over pieces of their columns: one view for each block.
     """
     groups, n = parts[0].shape
-    size = min(MOST_PIECE, max(least, groups * n // _PIECES))
     rows = max(1, size // n)
     for band in (slice(first, first + rows) for first in range(0, groups, rows)):
-        yield band, zip(*(part[band].split(n if whole else size, dim=1) for part in parts), strict=True)
+        yield band, zip(*(part[band].split(size, dim=1) for part in parts), strict=True)
 
 
-def unsigned(numbers: Tensor, count: int = MOST_BINS) -> Tensor:
+def unsigned(numbers: Tensor, scratch: Scratch, count: int = MOST_BINS) -> Tensor:
     """Read 16-bit numbers below a count as unsigned ones, int32: all indexing knows."""
-    return numbers.int().bitwise_and_(MOST_BINS - 1) if count > MOST_BINS // 2 else numbers.int()
+    number = scratch("number", numbers, torch.int32).copy_(numbers)
+    return number.bitwise_and_(MOST_BINS - 1) if count > MOST_BINS // 2 else number
+
+
+def tell_apart_(number: Tensor, bins: int) -> Tensor:
+    """Count the bins of all rows through, in numbers of bins `(rows, n)`, int32."""
+    if len(number) > 1:
+        number += torch.arange(len(number), dtype=torch.int32)[:, None] * bins
+    return number
 
 
 def histogram(number: Tensor, weights: Tensor | None, bins: int) -> Tensor:
-    """Count, or sum weights, by numbers of bins `(rows, n)`: `(rows, bins)`."""
+    """Count, or sum weights, by numbers of bins `(rows, n)` that are told apart: `(rows, bins)`."""
     weights = None if weights is None else weights.reshape(-1)
-    return torch.bincount(_own(number, bins), weights, minlength=len(number) * bins).view(len(number), bins)
+    return torch.bincount(number.view(-1), weights, minlength=len(number) * bins).view(len(number), bins)
 
 
 class LookUp:
-    """Looks up all columns of a table at once, as one wide number.
+    """Looks up all columns of a table at once, as one wide number."""
 
-    Args:
-        table: `(rows, bins, 2 or 4)`, float32.
-    """
+    _WIDE: ClassVar = {2: torch.int64, 4: torch.complex128}
 
-    def __init__(self, table: Tensor) -> None:
-        self.bins, columns = table.shape[1:]
-        self._table = table.view(-1).view({2: torch.int64, 4: torch.complex128}[columns])
+    def __init__(self) -> None:
+        self._found = torch.empty(0)
+        self._columns: tuple[Tensor, ...] = ()
 
-    def __call__(self, number: Tensor) -> tuple[Tensor, ...]:
-        """Return what each column holds for numbers of bins `(rows, n)`, strided, of their shape."""
-        found = self._table.index_select(0, _own(number, self.bins))
-        return found.view(torch.float32).view(*number.shape, -1).unbind(-1)
+    def __call__(self, table: Tensor, number: Tensor) -> tuple[Tensor, ...]:
+        """Return what each column holds, until the next look-up.
 
+        Args:
+            table: `(rows, bins, 2 or 4)`, float32.
+            number: of bins, told apart, `(rows, n)`.
 
-def _own(number: Tensor, bins: int) -> Tensor:
-    """Tell the bins of different rows apart, `(rows · n,)`."""
-    if len(number) > 1:
-        number = number + torch.arange(len(number), dtype=torch.int32)[:, None] * bins
-    return number.reshape(-1)
+        Returns:
+            A strided tensor `(rows, n)` for each column.
+        """
+        wide = self._WIDE[table.shape[2]]
+        if not self._columns or self._columns[0].shape != number.shape:
+            self._found = torch.empty(number.numel(), dtype=wide)
+            self._columns = self._found.view(torch.float32).view(*number.shape, -1).unbind(-1)
+        torch.index_select(table.view(-1).view(wide), 0, number.view(-1), out=self._found)
+        return self._columns

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_r2.aware.soft_kmeans_bins import MOST_BINS, MOST_PIECE, LookUp, bands_of, histogram, unsigned
+from hf_r2.aware.soft_kmeans_bins import COUNTED_PIECE, MOST_BINS, LookUp, Scratch, bands_of, histogram, unsigned
 from hf_r2.aware.soft_kmeans_nodes import Nodes
 from hf_r2.aware.soft_kmeans_steps import Scaled, Step
 
@@ -43,10 +43,10 @@ def distinguish(block: Tensor, start: Tensor, scaled: Scaled) -> Distinct | None
     """
     if block.dtype not in (torch.float16, torch.bfloat16) or len(block) > 1 or block.shape[1] < 2 * MOST_BINS:
         return None
-    counts = torch.zeros(MOST_BINS, dtype=torch.int64)
-    for _, pieces in bands_of(block, least=MOST_PIECE):
+    counts, scratch = torch.zeros(MOST_BINS, dtype=torch.int64), Scratch()
+    for _, pieces in bands_of(block, size=COUNTED_PIECE):
         for (piece,) in pieces:
-            counts += histogram(_patterns(piece), None, MOST_BINS)[0]
+            counts += histogram(_patterns(piece, scratch), None, MOST_BINS)[0]
     pattern = counts.nonzero()[:, 0]
     values = torch.arange(MOST_BINS, dtype=torch.int32).to(torch.int16).view(block.dtype)[pattern]
     points = scaled.inward(values.double()[None, None]).to(scaled.arithmetic(block))
@@ -65,10 +65,10 @@ class DistinctSoftKMeans(torch.autograd.Function):
         ctx.save_for_backward(block, slopes[0, 0])
         table = torch.zeros(MOST_BINS, dtype=block.dtype)
         table[distinct.pattern] = distinct.nodes.scaled.outward(f)[0, 0].to(block.dtype)
-        output = torch.empty(block.shape, dtype=block.dtype)
+        output, scratch = torch.empty(block.shape, dtype=block.dtype), Scratch()
         for _, pieces in bands_of(block, output):
             for piece, target in pieces:
-                torch.index_select(table, 0, _patterns(piece)[0], out=target[0])
+                torch.index_select(table, 0, _patterns(piece, scratch)[0], out=target[0])
         return output
 
     @staticmethod
@@ -76,21 +76,21 @@ class DistinctSoftKMeans(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         """Look up f′ and q."""
         (block, slopes), (pattern, nodes, steps) = ctx.saved_tensors, ctx.distinct
-        sums = torch.zeros(MOST_BINS, dtype=torch.float64)
-        for _, pieces in bands_of(block, grad, least=MOST_PIECE):
+        sums, scratch = torch.zeros(MOST_BINS, dtype=torch.float64), Scratch()
+        for _, pieces in bands_of(block, grad, size=COUNTED_PIECE):
             for piece, part in pieces:
-                sums += histogram(_patterns(piece), part.double(), MOST_BINS)[0]
+                sums += histogram(_patterns(piece, scratch), part.double(), MOST_BINS)[0]
         table = torch.zeros(1, MOST_BINS, 2)
         table[0, pattern, 0] = slopes.float()
         table[0, pattern, 1] = nodes.gradient(steps, sums[pattern][None, None], ctx.implicit)[0, 0].float()
         result = torch.empty(block.shape, dtype=block.dtype)
-        look_up = LookUp(table)
+        look_up, scratch = LookUp(), Scratch()
         for _, pieces in bands_of(block, grad, result):
             for piece, part, target in pieces:
-                slope, own = look_up(_patterns(piece))
+                slope, own = look_up(table, _patterns(piece, scratch))
                 target.copy_(torch.addcmul(own, slope, part.float()))
         return result, None, None
 
 
-def _patterns(piece: Tensor) -> Tensor:
-    return unsigned(piece.view(torch.int16))
+def _patterns(piece: Tensor, scratch: Scratch) -> Tensor:
+    return unsigned(piece.view(torch.int16), scratch)

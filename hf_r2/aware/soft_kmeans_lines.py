@@ -3,32 +3,33 @@
 import torch
 from torch import Tensor
 
-from hf_r2.aware.soft_kmeans_bins import MOST_BINS, LookUp, unsigned
+from hf_r2.aware.soft_kmeans_bins import MOST_BINS, LookUp, Scratch, tell_apart_, unsigned
 from hf_r2.fusing import fused
 
 
 class Lines:
-    """Evaluates one function, or two of which one is multiplied, piece by piece.
+    """Evaluates one function, or two of which one is multiplied, piece by piece."""
 
-    Args:
-        table: constant and slope of each function in every bin, `(rows, bins, 2 or 4)`, float32.
-    """
+    def __init__(self) -> None:
+        self._look_up, self._scratch = LookUp(), Scratch()
 
-    def __init__(self, table: Tensor) -> None:
-        self._look_up = LookUp(table)
-
-    def write(self, target: Tensor, numbers: Tensor, piece: Tensor, *factor: Tensor) -> None:
+    def write(self, table: Tensor, target: Tensor, numbers: Tensor, piece: Tensor, *factor: Tensor) -> None:
         """Write `f(piece)`, or with a factor `factor · f(piece) + g(piece)`; all are `(rows, n)`.
 
         Args:
+            table: constant and slope of each function in every bin, `(rows, bins, 2 or 4)`, float32.
             target: where to, of any dtype.
             numbers: of the elements' bins, as [`unsigned`] reads them.
             piece: the elements.
             *factor: none or one.
         """
-        constant, slope, *second = self._look_up(unsigned(numbers, self._look_up.bins))
+        bins = table.shape[1]
+        number = tell_apart_(unsigned(numbers, self._scratch, bins), bins)
+        constant, slope, *second = self._look_up(table, number)
         if factor:
-            constant, slope, piece = torch.addcmul(*second, piece), torch.addcmul(constant, slope, piece), factor[0]
+            first = torch.addcmul(constant, slope, piece, out=self._scratch("first", piece, torch.float32))
+            constant = torch.addcmul(*second, piece, out=self._scratch("second", piece, torch.float32))
+            slope, piece = first, factor[0]
         # Straight to its place in float32; other dtypes are rounded on the way
         if target.dtype == torch.float32:
             torch.addcmul(constant, slope, piece, out=target)
@@ -39,14 +40,11 @@ class Lines:
 class FusedLines:
     """The same in one pass without temporaries, by `torch.compile`."""
 
-    def __init__(self, table: Tensor) -> None:
-        rows, bins, _ = table.shape
-        self._table = table.flatten(0, 1)
-        self._first = torch.arange(rows, dtype=torch.int32)[:, None] * bins
-
-    def write(self, target: Tensor, numbers: Tensor, piece: Tensor, *factor: Tensor) -> None:
+    def write(self, table: Tensor, target: Tensor, numbers: Tensor, piece: Tensor, *factor: Tensor) -> None:
         """See [`Lines.write`]."""
-        fused(_write)(target, self._table, self._first, numbers, piece, *factor)
+        rows, bins, _ = table.shape
+        first = torch.arange(rows, dtype=torch.int32)[:, None] * bins
+        fused(_write)(target, table.flatten(0, 1), first, numbers, piece, *factor)
 
 
 def _write(target: Tensor, table: Tensor, first: Tensor, numbers: Tensor, piece: Tensor, *factor: Tensor) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_r2.aware.soft_kmeans_bins import MOST_BINS, MOST_PIECE, Bins, bands_of
+from hf_r2.aware.soft_kmeans_bins import COUNTED_PIECE, MOST_BINS, PIECE, Bins, bands_of
 from hf_r2.aware.soft_kmeans_lines import FusedLines, Lines
 from hf_r2.aware.soft_kmeans_nodes import Nodes
 from hf_r2.aware.soft_kmeans_steps import Scaled, Step
@@ -86,10 +86,11 @@ class TableSoftKMeans(torch.autograd.Function):
 
 def _write(target: Tensor, values: Tensor, bins: Bins, compiled: bool, *parts: Tensor) -> None:
     """Evaluate functions given by their values at the nodes, `(groups, 1 or 2, nodes)`; see [`Lines.write`]."""
-    for rows, pieces in bands_of(target, *parts, whole=compiled):
-        lines = (FusedLines if compiled else Lines)(_lines(values[rows], bins.of_groups(rows)))
+    lines = FusedLines() if compiled else Lines()
+    for rows, pieces in bands_of(target, *parts, size=max(PIECE, target.shape[1]) if compiled else PIECE):
+        table = _lines(values[rows], bins.of_groups(rows))
         for piece in pieces:
-            lines.write(*piece)
+            lines.write(table, *piece)
 
 
 def tabulate(block: Tensor, start: Tensor, scaled: Scaled) -> Table | None:
@@ -141,7 +142,7 @@ def _run(block: Tensor, start: Tensor, scaled: Scaled, bins: Bins) -> Table:
     index, offsets = torch.empty(block.shape, dtype=torch.int16), torch.empty(len(block), bins.count)
     points = scaled.inward(_node_values(bins)).to(scaled.arithmetic(block))
     weights, crowded = torch.empty_like(points), False
-    for rows, pieces in bands_of(block, index, least=MOST_PIECE):
+    for rows, pieces in bands_of(block, index, size=COUNTED_PIECE):
         counts, moments = bins.of_groups(rows).assign(pieces)
         torch.div(moments, counts.clamp_min(1), out=offsets[rows])
         weights[rows] = to_nodes(counts, moments, offsets[rows])
@@ -160,7 +161,7 @@ def _sums(table: Table, block: Tensor, grad: Tensor) -> Tensor:
     """Sum the output's gradient over what the nodes stand for; see [`to_nodes`]."""
     few, dtype = block.shape[1] < _MANY, torch.float64 if table.crowded else torch.float32
     result = torch.empty_like(table.nodes.points)
-    for rows, pieces in bands_of(block, table.index, grad, least=MOST_PIECE):
+    for rows, pieces in bands_of(block, table.index, grad, size=COUNTED_PIECE):
         sums, moments = table.bins.of_groups(rows).sums(pieces, dtype, moments=few)
         offsets = table.offsets[rows]
         result[rows] = to_nodes(sums.float(), (moments if few else offsets * sums).float(), offsets)
