@@ -8,10 +8,9 @@ from torch import Tensor
 from hf_r2.aware.soft_kmeans_exact import ExactSoftKMeans
 from hf_r2.aware.soft_kmeans_half import DistinctSoftKMeans, distinguish
 from hf_r2.aware.soft_kmeans_implicit import MOST_CLUSTERS
+from hf_r2.aware.soft_kmeans_spread import Spread, spread_of
 from hf_r2.aware.soft_kmeans_steps import Scaled
 from hf_r2.aware.soft_kmeans_table import TableSoftKMeans, tabulate
-from hf_r2.cells import cell_size
-from hf_r2.grain import pieces
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -19,8 +18,6 @@ _LEAST_TEMPERATURE = 1e-20
 """In squared units of a group's size, so that logits stay finite in float32."""
 
 _LEAST_SCALE = 1e-36
-
-_SAMPLE = 1024
 
 
 class SoftKMeans(NamedTuple):
@@ -80,12 +77,13 @@ def soft_kmeans(
     """
     _check(block, centroids, temperature, iterations, tolerance, implicit, memory)
     start = centroids.detach().to(block.device, torch.float64).reshape(*centroids.shape[:2], -1)
-    scaled = _scaled(block.detach(), start, temperature, absolute, iterations, tolerance)
+    spread = spread_of(block.detach())
+    scaled = _scaled(block, start, spread, temperature, absolute, iterations, tolerance)
     start = scaled.inward(start)
     # A device's host cannot look at the elements to choose bins
     tables = block.is_cpu and block.dtype != torch.float64 and centroids.dim() == 2
     distinct = distinguish(block.detach(), start, scaled) if tables else None
-    table = tabulate(block.detach(), start, scaled) if tables and distinct is None else None
+    table = tabulate(block.detach(), start, scaled, spread) if tables and distinct is None else None
     if distinct is not None:
         weights, (found, masses) = DistinctSoftKMeans.apply(block, distinct, implicit), distinct.steps[0][1:3]
     elif table is not None:
@@ -132,10 +130,10 @@ def _check(
 
 
 def _scaled(
-    block: Tensor, start: Tensor, temperature: float, absolute: bool, iterations: int, tolerance: float
+    block: Tensor, start: Tensor, spread: Spread, temperature: float, absolute: bool, iterations: int, tolerance: float
 ) -> Scaled:
     """Choose units in which neither the elements nor the start centroids are large or all are small."""
-    mean, variance = (moment[:, None, None] for moment in _moments(block))
+    mean, variance = spread.mean[:, None, None], spread.variance[:, None, None]
     centre = mean.to(torch.promote_types(block.dtype, torch.float32)).double()
     reach = (start - centre).abs().amax(dim=(1, 2), keepdim=True)
     scale = torch.maximum(variance.sqrt(), reach)
@@ -146,32 +144,3 @@ def _scaled(
     # Equal values are their own means at any temperature
     chosen = torch.where(chosen > 0, chosen / scale / scale, 1).clamp_min(_LEAST_TEMPERATURE)
     return Scaled(centre, scale, chosen, stop, iterations)
-
-
-def _moments(block: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of every row, `(groups,)` in float64."""
-    if block.is_cpu and block.dtype == torch.float32:
-        # Sums of cells in float32, then of these in float64, while the mean is too near zero to cost digits
-        cells = block.contiguous().view(len(block), -1, cell_size(block.shape[1]))
-        mean = cells.sum(dim=2).sum(dim=1, dtype=torch.float64) / block.shape[1]
-        square = torch.linalg.vector_norm(cells, dim=2).double().square().sum(dim=1) / block.shape[1]
-        if bool(((square > 1e-30) & (square < 1e30) & (mean.square() < 0.1 * square)).all()):
-            return mean, square - mean.square()
-    return _careful_moments(block)
-
-
-def _careful_moments(block: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(block.dtype, torch.float32)
-    # Around a typical value, in multiples of the largest, squares neither overflow nor lose digits
-    largest = torch.maximum(block.amax(dim=1), -block.amin(dim=1)).double()[:, None]
-    unit = torch.where(largest > 1e-30, largest, 1)
-    shift = (block[:, :_SAMPLE].to(dtype) / unit.to(dtype)).mean(dim=1, keepdim=True)
-    factor = (1 / unit).to(dtype)
-    sums = torch.zeros(2, len(block), dtype=torch.float64, device=block.device)
-    for groups, (piece,) in pieces(block):
-        values = (piece * factor[groups]).sub_(shift[groups])
-        sums[0, groups] += values.sum(dim=1)
-        sums[1, groups] += values.square_().sum(dim=1)
-    mean, square = sums / block.shape[1]
-    mean, variance = mean + shift[:, 0], (square - mean.square()).clamp_min(0)
-    return mean * unit[:, 0], variance * unit[:, 0] ** 2

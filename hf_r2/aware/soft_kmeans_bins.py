@@ -63,17 +63,18 @@ class Bins(NamedTuple):
         """Middles of the bins, `(groups, bins)` in float32."""
         return self.low + (torch.arange(self.count) + 0.5) / self.per_unit
 
-    def assign(self, pieces: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def assign(self, pieces: Iterable[tuple[Tensor, Tensor]], moments: bool) -> tuple[Tensor, Tensor]:
         """Write the number of every element's bin, as [`unsigned`] reads it.
 
         Args:
             pieces: of the elements, and of where to write to, int16; see [`bands_of`].
+            moments: whether to sum distances, too.
 
         Returns:
-            How many elements each bin holds, and the sums of their distances from its middle, in bins;
+            How many elements each bin holds, and the sums of their distances from its middle, in bins, or zeros;
             `(groups, bins)`, float32.
         """
-        counts, moments = torch.zeros(2, len(self.low), self.count).unbind()
+        counts, firsts = torch.zeros(2, len(self.low), self.count).unbind()
         scratch = Scratch()
         for piece, target in pieces:
             place = self.place(piece, scratch)
@@ -81,8 +82,9 @@ class Bins(NamedTuple):
             target.copy_(number)
             tell_apart_(number, self.count)
             counts += histogram(number, None, self.count)
-            moments += histogram(number, place.frac_(), self.count)
-        return counts, moments.sub_(counts, alpha=0.5)
+            if moments:
+                firsts += histogram(number, place.frac_(), self.count)
+        return counts, firsts.sub_(counts, alpha=0.5) if moments else firsts
 
     def sums(
         self, pieces: Iterable[tuple[Tensor, ...]], dtype: torch.dtype, moments: bool

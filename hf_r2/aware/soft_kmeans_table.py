@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from hf_r2.aware.soft_kmeans_bins import COUNTED_PIECE, MOST_BINS, PIECE, Bins, bands_of
 from hf_r2.aware.soft_kmeans_lines import FusedLines, Lines
 from hf_r2.aware.soft_kmeans_nodes import Nodes
+from hf_r2.aware.soft_kmeans_spread import Spread
 from hf_r2.aware.soft_kmeans_steps import Scaled, Step
 
 LEAST_BINS = 1 << 12
@@ -32,10 +33,10 @@ _ELEMENTS_PER_BIN = 2
 """With fewer, passes over all elements cost no more than the tables."""
 
 _MANY = 1 << 18
-"""Of this many elements, where in its bin each lies averages out in sums of the output's gradient."""
+"""Of this many elements, where in its bin each lies averages out in sums."""
 
-_CROWD = 64
-"""A bin is crowded with more than this share, 1 / 64, of the elements."""
+_SPIKE, _CROWD = 1 / 1024, 1 / 64
+"""Shares of the elements: more in one bin may be a spike, whose place in it matters; even more crowd it."""
 
 
 class Table(NamedTuple):
@@ -93,18 +94,19 @@ def _write(target: Tensor, values: Tensor, bins: Bins, compiled: bool, *parts: T
             lines.write(table, *piece)
 
 
-def tabulate(block: Tensor, start: Tensor, scaled: Scaled) -> Table | None:
+def tabulate(block: Tensor, start: Tensor, scaled: Scaled, spread: Spread) -> Table | None:
     """Cut the elements of a block `(groups, n)` on a CPU into bins and run soft k-means on them.
 
     Args:
         block: float16, bfloat16 or float32.
         start: centroids `(groups, k, 1)` in scaled units, float64.
         scaled: units, temperature and stop rule.
+        spread: of the block.
 
     Returns:
         The table; None where bins would be too many or too wide, and [`ExactSoftKMeans`] should do it instead.
     """
-    low, high = block.amin(dim=1, keepdim=True).float(), block.amax(dim=1, keepdim=True).float()
+    low, high = spread.low[:, None], spread.high[:, None]
     reach, largest = high.double() - low.double(), torch.maximum(low.abs(), high.abs()).double()
     # Values far from zero, compared with their spread, would lose their last digits in a linear continuation
     if not bool(((reach > largest / 2) & (reach > 1e-30) & (largest < 1e30)).all()):
@@ -141,12 +143,16 @@ def _whole_cells(bins: float) -> int:
 def _run(block: Tensor, start: Tensor, scaled: Scaled, bins: Bins) -> Table:
     index, offsets = torch.empty(block.shape, dtype=torch.int16), torch.empty(len(block), bins.count)
     points = scaled.inward(_node_values(bins)).to(scaled.arithmetic(block))
-    weights, crowded = torch.empty_like(points), False
+    weights, crowded, few = torch.empty_like(points), False, block.shape[1] < _MANY
     for rows, pieces in bands_of(block, index, size=COUNTED_PIECE):
-        counts, moments = bins.of_groups(rows).assign(pieces)
+        own, parts = bins.of_groups(rows), list(pieces)
+        counts, moments = own.assign(parts, moments=few)
+        most = counts.max().item() / block.shape[1]
+        if not few and most > _SPIKE:
+            counts, moments = own.assign(parts, moments=True)
         torch.div(moments, counts.clamp_min(1), out=offsets[rows])
         weights[rows] = to_nodes(counts, moments, offsets[rows])
-        crowded = crowded or counts.max().item() > block.shape[1] / _CROWD
+        crowded = crowded or most > _CROWD
     nodes = Nodes(points, weights, scaled)
     return Table(index, bins, offsets, crowded, nodes, nodes.iterate(start))
 
