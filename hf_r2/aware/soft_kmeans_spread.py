@@ -9,7 +9,7 @@ from hf_r2.aware.soft_kmeans_bins import COUNTED_PIECE, bands_of
 from hf_r2.cells import cell_size
 from hf_r2.grain import pieces
 
-_SAMPLE = 1024
+_SAMPLE = _CELL = 1 << 10
 
 
 class Spread(NamedTuple):
@@ -43,17 +43,22 @@ def spread_of(block: Tensor) -> Spread:
 
 def _ends_and_means(block: Tensor) -> tuple[Tensor, ...]:
     """Read once: ends, mean and mean square. Sums of cells are taken in float32, then of these in float64."""
-    ends, sums = torch.empty(2, len(block)), torch.zeros(2, len(block), dtype=torch.float64)
-    ends[0], ends[1] = torch.inf, -torch.inf
+    low, high = torch.empty(2, len(block)).unbind()
+    sums, squares = torch.empty(2, len(block), dtype=torch.float64).unbind()
     for rows, parts in bands_of(block, size=COUNTED_PIECE):
-        for (piece,) in parts:
-            piece = piece.contiguous()
-            cells = piece.view(len(piece), -1, cell_size(piece.shape[1]))
-            ends[0, rows] = torch.minimum(ends[0, rows], piece.amin(dim=1))
-            ends[1, rows] = torch.maximum(ends[1, rows], piece.amax(dim=1))
-            sums[0, rows] += cells.sum(dim=2).sum(dim=1, dtype=torch.float64)
-            sums[1, rows] += torch.linalg.vector_norm(cells, dim=2).double().square().sum(dim=1)
-    return (*ends, *(sums / block.shape[1]))
+        ends, cells, norms = [], [], []
+        for (part,) in parts:
+            piece = part.contiguous()
+            in_cells = piece.view(len(piece), -1, cell_size(piece.shape[1], _CELL))
+            ends += [piece.amin(dim=1), piece.amax(dim=1)]
+            cells.append(in_cells.sum(dim=2))
+            norms.append(torch.linalg.vector_norm(in_cells, dim=2))
+        ends = torch.stack(ends)
+        torch.amin(ends, dim=0, out=low[rows])
+        torch.amax(ends, dim=0, out=high[rows])
+        torch.sum(torch.cat(cells, dim=1), dim=1, dtype=torch.float64, out=sums[rows])
+        torch.sum(torch.cat(norms, dim=1).double().square_(), dim=1, out=squares[rows])
+    return low, high, sums / block.shape[1], squares / block.shape[1]
 
 
 def _careful_moments(block: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:

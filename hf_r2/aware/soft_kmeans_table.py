@@ -128,10 +128,10 @@ def _bins_for(steps: list[Step], reach: Tensor, scaled: Scaled) -> int:
     # NumPy, because these are many operations on few numbers
     centroids = np.sort(torch.stack([step.old[..., 0] for step in steps]).numpy(), axis=2)
     temperature, scale = (each[:, 0, 0].numpy() for each in (scaled.temperature, scaled.scale))
-    gap = np.diff(centroids, axis=2, prepend=centroids[..., :1]).max(axis=(0, 2))
+    gap = (centroids[..., 1:] - centroids[..., :-1]).max(axis=(0, 2), initial=0)
     span = (centroids[..., -1] - centroids[..., 0]).max(axis=0)
     # A logit changes fastest between neighbours far apart, or across as many as share one temperature
-    slope = np.maximum(2 * gap / temperature, np.minimum(2 * span / temperature, 2 / np.sqrt(temperature)))
+    slope = 2 / temperature * np.maximum(gap, np.minimum(span, np.sqrt(temperature)))
     bins = float((reach[:, 0].numpy() / scale * slope).max()) / _BIN
     return _whole_cells(bins + _BINS_PER_NODE) if bins else 0
 
