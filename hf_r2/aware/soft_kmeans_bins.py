@@ -13,7 +13,7 @@ from torch import Tensor
 MOST_BINS = 1 << 16
 """What a 16-bit number tells apart."""
 
-PIECE, COUNTED_PIECE = 1 << 15, 1 << 17
+_PIECE, COUNTED_PIECE = 1 << 15, 1 << 17
 """Elements of a piece: what repays the calls, and stays near a core with what is looked up for it. Counting looks up
 nothing, and starts with a histogram of all bins: it takes more."""
 
@@ -111,8 +111,34 @@ class Bins(NamedTuple):
                 firsts += histogram(number, weights, self.count)
         return sums, firsts if moments else None
 
+    def powers(self, pieces: Iterable[tuple[Tensor, ...]], dtype: torch.dtype) -> Tensor:
+        """Sum the powers 0 to 3 of the elements' places in their bins, or values times these.
 
-def bands_of(*parts: Tensor, size: int = PIECE) -> Iterator[tuple[slice, Iterator[tuple[Tensor, ...]]]]:
+        Args:
+            pieces: of the elements, and of values if any.
+            dtype: in which sums are taken.
+
+        Returns:
+            `(4, groups, bins)`; a place is 0 at the lower end of its bin and 1 at the higher one.
+        """
+        result, scratch = torch.zeros(4, len(self.low), self.count, dtype=dtype), Scratch()
+        for piece, *values in pieces:
+            place = self.place(piece, scratch)
+            number = tell_apart_(scratch("number", piece, torch.int32).copy_(place), self.count)
+            place = scratch("in bin", piece, dtype).copy_(place.frac_())
+            weights = scratch("weights", piece, dtype).copy_(*values) if values else None
+            for sums in result:
+                sums += histogram(number, weights, self.count)
+                weights = scratch("weights", piece, dtype).copy_(place) if weights is None else weights.mul_(place)
+        return result
+
+
+def piece_size() -> int:
+    """Elements of a piece that something is looked up for, by all threads."""
+    return min(_PIECE * torch.get_num_threads(), COUNTED_PIECE)
+
+
+def bands_of(*parts: Tensor, size: int) -> Iterator[tuple[slice, Iterator[tuple[Tensor, ...]]]]:
     """Walk over blocks of one shape together, in bands of as many groups as make a piece, or of single groups.
 
     Args:

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_r2.aware.soft_kmeans_bins import COUNTED_PIECE, MOST_BINS, LookUp, Scratch, bands_of, histogram, unsigned
+from hf_r2.aware.soft_kmeans_bins import (
+    COUNTED_PIECE,
+    MOST_BINS,
+    LookUp,
+    Scratch,
+    bands_of,
+    histogram,
+    piece_size,
+    unsigned,
+)
 from hf_r2.aware.soft_kmeans_nodes import Nodes
 from hf_r2.aware.soft_kmeans_steps import Scaled, Step
 
@@ -66,7 +75,7 @@ class DistinctSoftKMeans(torch.autograd.Function):
         table = torch.zeros(MOST_BINS, dtype=block.dtype)
         table[distinct.pattern] = distinct.nodes.scaled.outward(f)[0, 0].to(block.dtype)
         output, scratch = torch.empty(block.shape, dtype=block.dtype), Scratch()
-        for _, pieces in bands_of(block, output):
+        for _, pieces in bands_of(block, output, size=piece_size()):
             for piece, target in pieces:
                 torch.index_select(table, 0, _patterns(piece, scratch)[0], out=target[0])
         return output
@@ -85,7 +94,7 @@ class DistinctSoftKMeans(torch.autograd.Function):
         table[0, pattern, 1] = nodes.gradient(steps, sums[pattern][None, None], ctx.implicit)[0, 0].float()
         result = torch.empty(block.shape, dtype=block.dtype)
         look_up, scratch = LookUp(), Scratch()
-        for _, pieces in bands_of(block, grad, result):
+        for _, pieces in bands_of(block, grad, result, size=piece_size()):
             for piece, part, target in pieces:
                 slope, own = look_up(table, _patterns(piece, scratch))
                 target.copy_(torch.addcmul(own, slope, part.float()))

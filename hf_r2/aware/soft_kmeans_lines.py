@@ -1,10 +1,197 @@
-"""Functions that are a line in each of many bins, at all elements of a block."""
+"""Tables for long rows: functions that are a line in each of many bins narrower than the nodes are apart.
+
+What an element counts for at the nodes is a cubic function of its place. Around each bin's middle it is continued to
+second order in the distance, and what lies off the middle is taken to lie where the bin's mean does: spikes stay in
+their places.
+"""
+
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_r2.aware.soft_kmeans_bins import MOST_BINS, LookUp, Scratch, tell_apart_, unsigned
+from hf_r2.aware.soft_kmeans_bins import (
+    COUNTED_PIECE,
+    MOST_BINS,
+    Bins,
+    LookUp,
+    Scratch,
+    bands_of,
+    piece_size,
+    tell_apart_,
+    unsigned,
+)
+from hf_r2.aware.soft_kmeans_nodes import Nodes
+from hf_r2.aware.soft_kmeans_steps import Scaled, Step
 from hf_r2.fusing import fused
+
+BINS_PER_NODE = 8
+
+_MANY = 1 << 18
+"""Of this many elements, where in its bin each lies averages out in sums."""
+
+_SPIKE, _CROWD = 1 / 1024, 1 / 64
+"""Shares of the elements: more in one bin may be a spike, whose place in it matters; of even more, a float32 sum would
+lose digits."""
+
+
+class LineTable(NamedTuple):
+    """What the passes over all elements of a block need.
+
+    Args:
+        index: the number of each element's bin, see [`Bins.assign`].
+        bins: of all groups.
+        offsets: of the bins' means from their middles, in bins, `(groups, bins)`.
+        crowded: whether sums over a bin are taken in float64.
+        nodes: `BINS_PER_NODE` bins apart, see [`to_nodes`].
+        steps: the iterations.
+    """
+
+    index: Tensor | None
+    bins: Bins
+    offsets: Tensor | None
+    crowded: bool
+    nodes: Nodes
+    steps: list[Step]
+
+    @classmethod
+    def run(cls, block: Tensor, start: Tensor, scaled: Scaled, low: Tensor, high: Tensor, count: int) -> "LineTable":
+        """Cut the elements of a block into a number of bins and run soft k-means on them; see [`tabulate`]."""
+        bins = Bins.of(low, high, count)
+        index, offsets = torch.empty(block.shape, dtype=torch.int16), torch.empty(len(block), count)
+        points = scaled.inward(_node_values(bins)).to(scaled.arithmetic(block))
+        weights, crowded, few = torch.empty_like(points), False, block.shape[1] < _MANY
+        for rows, pieces in bands_of(block, index, size=COUNTED_PIECE):
+            own, parts = bins.of_groups(rows), list(pieces)
+            counts, moments = own.assign(parts, moments=few)
+            most = counts.max().item() / block.shape[1]
+            if not few and most > _SPIKE:
+                counts, moments = own.assign(parts, moments=True)
+            torch.div(moments, counts.clamp_min(1), out=offsets[rows])
+            weights[rows] = to_nodes(counts, moments, offsets[rows])
+            crowded = crowded or most > _CROWD
+        nodes = Nodes(points, weights, scaled)
+        return cls(index, bins, offsets, crowded, nodes, nodes.iterate(start))
+
+    @property
+    def large(self) -> tuple[Tensor, ...]:
+        """The tensors that autograd should hold, and free."""
+        return self.index, self.offsets
+
+    def holding(self, index: Tensor | None, offsets: Tensor | None) -> "LineTable":
+        """Return the same with these in the places of [`large`]."""
+        return self._replace(index=index, offsets=offsets)
+
+    def node_sums(self, block: Tensor, grad: Tensor) -> Tensor:
+        """Sum the output's gradient over what the nodes stand for; see [`to_nodes`]."""
+        few, dtype = block.shape[1] < _MANY, torch.float64 if self.crowded else torch.float32
+        result = torch.empty_like(self.nodes.points)
+        for rows, pieces in bands_of(block, self.index, grad, size=COUNTED_PIECE):
+            sums, moments = self.bins.of_groups(rows).sums(pieces, dtype, moments=few)
+            offsets = self.offsets[rows]
+            result[rows] = to_nodes(sums.float(), (moments if few else offsets * sums).float(), offsets)
+        return result
+
+    def write(self, target: Tensor, values: Tensor, compiled: bool, block: Tensor, *factor: Tensor) -> None:
+        """Write `f(block)`, or with a factor `factor · f(block) + g(block)`.
+
+        Args:
+            target: where to, of any dtype.
+            values: of the functions at the nodes, `(groups, 1 or 2, nodes)`.
+            compiled: in one pass, fused by `torch.compile`.
+            block: the elements.
+            *factor: none or one.
+        """
+        lines, size = (FusedLines(), block.shape[1]) if compiled else (Lines(), 0)
+        for rows, pieces in bands_of(target, self.index, block, *factor, size=max(size, piece_size())):
+            table = _lines(values[rows], self.bins.of_groups(rows))
+            for piece in pieces:
+                lines.write(table, *piece)
+
+
+def _node_values(bins: Bins) -> Tensor:
+    """Where the nodes lie, `(groups, 1, nodes)` in float64; see [`to_nodes`]."""
+    number = torch.arange(-2, bins.count // BINS_PER_NODE + 2) * BINS_PER_NODE
+    return (bins.low.double() + (number + 0.5) / bins.per_unit.double())[:, None]
+
+
+def to_nodes(values: Tensor, moments: Tensor, offsets: Tensor) -> Tensor:
+    """Distribute values of bins to nodes `BINS_PER_NODE` bins apart, as cubic interpolation between them does.
+
+    Shares of the nodes are continued around each bin's middle to second order in the distance, and what lies off the
+    middle is taken to lie where the bin's mean does: then spikes stay in their places.
+
+    Args:
+        values: sums over the elements of the bins, `(groups, bins)`, float32.
+        moments: sums of what was summed times the distances from the bins' middles, in bins.
+        offsets: of the bins' means, see [`LineTable`].
+
+    Returns:
+        Values of the nodes, `(groups, 1, nodes)`, float32; the first of them lies two before the first bin.
+    """
+    groups, bins = values.shape
+    cells = bins // BINS_PER_NODE
+    spread = torch.zeros(groups * cells, 4)
+    for term, share in zip((values, moments, moments * offsets), _cubic_terms(), strict=True):
+        spread.addmm_(term.view(-1, BINS_PER_NODE), share)
+    result = torch.zeros(groups, 1, cells + 4)
+    for number, share in enumerate(spread.view(groups, cells, 4).unbind(-1)):
+        result[:, 0, number + 1 : number + 1 + cells].add_(share)
+    return result
+
+
+@cache
+def _cubic_terms() -> Tensor:
+    """Shares of the four nodes around a bin in a value there, cubic, as a Taylor polynomial of second order.
+
+    Returns:
+        Coefficients of the distance from the bin's middle, in bins, to the power 0, 1 and 2, for the bins between two
+        nodes: `(powers, bins, 4)`.
+    """
+    t = torch.arange(BINS_PER_NODE, device="cpu") / BINS_PER_NODE
+    before, after, second = t + 1, t - 1, t - 2
+    shares = [t * after * second / -6, before * after * second / 2, before * t * second / -2, before * t * after / 6]
+    slopes = [
+        (3 * t * t - 6 * t + 2) / -6,
+        (3 * t * t - 4 * t - 1) / 2,
+        (3 * t * t - 2 * t - 2) / -2,
+        t * t / 2 - 1 / 6,
+    ]
+    bends = [1 - t, 3 * t - 2, 1 - 3 * t, t]
+    scales = 1, 1 / BINS_PER_NODE, 1 / (2 * BINS_PER_NODE**2)
+    terms = [torch.stack(term, dim=1) * scale for term, scale in zip((shares, slopes, bends), scales, strict=True)]
+    return torch.stack(terms)
+
+
+def _lines(values: Tensor, bins: Bins) -> Tensor:
+    """Interpolate functions between the nodes by a line in each bin.
+
+    Args:
+        values: of m functions at the nodes, `(groups, m, nodes)`.
+        bins: of these groups.
+
+    Returns:
+        Constant and slope of every function in every bin, `(groups, bins, 2 m)`, float32.
+    """
+    groups, functions = values.shape[:2]
+    around = values.float().unfold(2, 4, 1)[:, :, 1:].transpose(1, 2).reshape(-1, 4 * functions)
+    lines = (around @ _line_terms(functions)).view(groups, bins.count, functions, 2)
+    slopes = lines[..., 1].mul_(bins.per_unit[..., None])
+    lines[..., 0].addcmul_(slopes, bins.middles()[..., None], value=-1)
+    return lines.flatten(2)
+
+
+@cache
+def _line_terms(functions: int) -> Tensor:
+    """Find what takes functions at the four nodes around a cell to values and slopes, per bin, amid its bins.
+
+    Returns:
+        `(4 · functions, bins · functions · 2)` for the bins between two nodes.
+    """
+    terms = _cubic_terms()[:2].permute(2, 1, 0)  # nodes, bins, value and slope
+    separate = torch.eye(functions, device="cpu")[:, None, None, :, None] * terms[None, :, :, None]
+    return separate.reshape(4 * functions, -1)
 
 
 class Lines:

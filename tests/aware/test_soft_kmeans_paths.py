@@ -9,6 +9,8 @@ from benchmarks.measuring import extra_bytes
 from hf_r2.aware import soft_kmeans as module
 from hf_r2.aware import soft_kmeans_exact
 from hf_r2.aware.soft_kmeans import soft_kmeans
+from hf_r2.aware.soft_kmeans_cubics import CubicTable
+from hf_r2.aware.soft_kmeans_lines import LineTable
 
 W = 1 << 20
 
@@ -101,6 +103,53 @@ def test_fused_passes_change_nothing(path, block, temperature):
     assert path() == "Table"
     for one, other in zip(fused, eager, strict=True):
         assert (one.double() - other.double()).norm() <= max(1e-5, torch.finfo(block.dtype).eps) * other.double().norm()
+
+
+@pytest.fixture
+def kind(monkeypatch):
+    """Tell which table was made last."""
+    made = []
+    monkeypatch.setattr(module, "tabulate", lambda *args, make=module.tabulate: made.append(make(*args)) or made[-1])
+    return lambda: type(made[-1])
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "expected"),
+    [
+        (1 << 17, 2, LineTable),
+        (1 << 15, 4, LineTable),
+        (1 << 13, 4, CubicTable),
+        (1 << 12, 16, CubicTable),
+        (1 << 13, 2, type(None)),
+        (1 << 9, 16, type(None)),
+    ],
+)
+def test_a_table_is_made_where_it_costs_less_than_attention(kind, n, k, expected):
+    step(normal(3, n), spread_out(3, k))
+    assert kind() is expected
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("equal", [0, 1 << 7, 1 << 11])
+@pytest.mark.parametrize("k", [4, 16])
+def test_cubics_agree_with_float64(kind, compiled, dtype, equal, k):
+    block = normal(5, 1 << (13 if k == 4 else 12))
+    block[:, :equal] = 0.01003
+    block, start = block.to(dtype), spread_out(5, k)
+    found = step(block, start, compiled=compiled)
+    assert kind() is CubicTable
+    expected = step(block.double(), start)
+    least = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0.0
+    assert (found[0] - expected[0]).norm() <= max(1e-5, least) * expected[0].norm()
+    assert (found[1] - expected[1]).norm() <= max(1e-4, least) * expected[1].norm()
+
+
+def test_cubics_hold_less_than_four_times_the_weight(kind):
+    block, start = normal(256, W // 256), spread_out(256, 16)
+    step(block, start)
+    assert extra_bytes(lambda: step(block, start), cuda=False) <= 4 * 4 * W
+    assert kind() is CubicTable
 
 
 @pytest.mark.parametrize("k", [2, 16])

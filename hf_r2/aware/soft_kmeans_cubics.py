@@ -1,0 +1,170 @@
+"""Tables for rows that are not long: functions that are a cubic between two nodes, in a bin as wide."""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_r2.aware.soft_kmeans_bins import (
+    COUNTED_PIECE,
+    Bins,
+    LookUp,
+    Scratch,
+    bands_of,
+    piece_size,
+    tell_apart_,
+)
+from hf_r2.aware.soft_kmeans_nodes import Nodes
+from hf_r2.aware.soft_kmeans_steps import Scaled, Step
+from hf_r2.fusing import fused
+
+_CROWD = 1 / 64
+"""Share of a row's elements: float32 sums over more in one bin would lose digits."""
+
+
+class CubicTable(NamedTuple):
+    """What the passes over all elements of a block need.
+
+    Args:
+        bins: of all groups.
+        crowded: whether sums over a bin are taken in float64.
+        nodes: at the ends of the bins, and one before the first and after the last.
+        steps: the iterations.
+    """
+
+    bins: Bins
+    crowded: bool
+    nodes: Nodes
+    steps: list[Step]
+
+    @classmethod
+    def run(cls, block: Tensor, start: Tensor, scaled: Scaled, low: Tensor, high: Tensor, count: int) -> "CubicTable":
+        """Cut the elements of a block into a number of bins and run soft k-means on them; see [`tabulate`]."""
+        bins = Bins.of(low, high, count)
+        number = torch.arange(-1, count + 2)
+        points = scaled.inward((bins.low.double() + number / bins.per_unit.double())[:, None])
+        points = points.to(scaled.arithmetic(block))
+        weights, crowded = torch.empty_like(points), False
+        for rows, pieces in bands_of(block, size=COUNTED_PIECE):
+            own, parts = bins.of_groups(rows), list(pieces)
+            sums = own.powers(parts, torch.float32)
+            if sums[0].max().item() > block.shape[1] * _CROWD:
+                crowded, sums = True, own.powers(parts, torch.float64)
+            weights[rows] = _to_nodes(sums)
+        nodes = Nodes(points, weights, scaled)
+        return cls(bins, crowded, nodes, nodes.iterate(start))
+
+    @property
+    def large(self) -> tuple[()]:
+        """See [`LineTable.large`]: there are none."""
+        return ()
+
+    def holding(self) -> "CubicTable":
+        """See [`LineTable.holding`]."""
+        return self
+
+    def node_sums(self, block: Tensor, grad: Tensor) -> Tensor:
+        """Sum the output's gradient over what the nodes stand for."""
+        result, dtype = torch.empty_like(self.nodes.points), torch.float64 if self.crowded else torch.float32
+        for rows, pieces in bands_of(block, grad, size=COUNTED_PIECE):
+            result[rows] = _to_nodes(self.bins.of_groups(rows).powers(pieces, dtype))
+        return result
+
+    def write(self, target: Tensor, values: Tensor, compiled: bool, block: Tensor, *factor: Tensor) -> None:
+        """See [`LineTable.write`]."""
+        cubics, size = (FusedCubics(), block.shape[1]) if compiled else (Cubics(), 0)
+        for rows, pieces in bands_of(target, block, *factor, size=max(size, piece_size())):
+            tables = _coefficients(values[rows])
+            for piece in pieces:
+                cubics.write(tables, self.bins.of_groups(rows), *piece)
+
+
+def _to_nodes(sums: Tensor) -> Tensor:
+    """Distribute values of bins to nodes as cubic interpolation between them does.
+
+    Args:
+        sums: of values times powers 0 to 3 of the places in a bin, `(4, groups, bins)`.
+
+    Returns:
+        Values of the nodes, `(groups, 1, nodes)`; the first of them lies one before the first bin.
+    """
+    groups, bins = sums.shape[1:]
+    shares = torch.mm(_shares().to(sums.dtype).T, sums.view(4, -1)).view(4, groups, bins)
+    result = sums.new_zeros(groups, 1, bins + 3)
+    for number, share in enumerate(shares):
+        result[:, 0, number : number + bins] += share
+    return result
+
+
+def _coefficients(values: Tensor) -> list[Tensor]:
+    """Interpolate functions `(groups, m, nodes)` by cubics: for each, coefficients `(groups, bins, 4)` in float32."""
+    around = values.float().unfold(2, 4, 1)
+    return [each.contiguous() for each in (around @ _shares().T).unbind(1)]
+
+
+@cache
+def _shares() -> Tensor:
+    """Shares of the four nodes around a bin in a value at t of its width: coefficients of t⁰ to t³, `(4, nodes)`."""
+    thirds, sixths = 1 / 3, 1 / 6
+    powers = [
+        [0, 1, 0, 0],
+        [-thirds, -0.5, 1, -sixths],
+        [0.5, -1, 0.5, 0],
+        [-sixths, 0.5, -0.5, sixths],
+    ]
+    return torch.tensor(powers, device="cpu")
+
+
+class Cubics:
+    """Evaluates one function, or two of which one is multiplied, piece by piece."""
+
+    def __init__(self) -> None:
+        self._look_ups, self._scratch = (LookUp(), LookUp()), Scratch()
+
+    def write(self, tables: list[Tensor], bins: Bins, target: Tensor, piece: Tensor, *factor: Tensor) -> None:
+        """Write `f(piece)`, or with a factor `factor · f(piece) + g(piece)`; all are `(rows, n)`.
+
+        Args:
+            tables: coefficients of each function in every bin, `(rows, bins, 4)`, float32.
+            bins: of these rows.
+            target: where to, of any dtype.
+            piece: the elements.
+            *factor: none or one.
+        """
+        place = bins.place(piece, self._scratch)
+        number = tell_apart_(self._scratch("number", piece, torch.int32).copy_(place), bins.count)
+        t = place.frac_()
+        values = []
+        for name, table, look_up in zip(("first", "second"), tables, self._look_ups, strict=False):
+            constant, linear, square, cube = look_up(table, number)
+            value = torch.addcmul(square, cube, t, out=self._scratch(name, piece, torch.float32))
+            torch.addcmul(linear, value, t, out=value)
+            values.append(torch.addcmul(constant, value, t, out=value))
+        result = torch.addcmul(values[1], values[0], *factor, out=values[1]) if factor else values[0]
+        target.copy_(result)
+
+
+class FusedCubics:
+    """The same in one pass without temporaries, by `torch.compile`."""
+
+    def write(self, tables: list[Tensor], bins: Bins, target: Tensor, piece: Tensor, *factor: Tensor) -> None:
+        """See [`Cubics.write`]."""
+        first = torch.arange(len(piece), dtype=torch.int32)[:, None] * bins.count
+        fused(_write)(target, [table.flatten(0, 1) for table in tables], first, bins.low, bins.per_unit, piece, *factor)
+
+
+def _write(
+    target: Tensor,
+    tables: list[Tensor],
+    first: Tensor,
+    low: Tensor,
+    per_unit: Tensor,
+    piece: Tensor,
+    *factor: Tensor,
+) -> None:
+    place = (piece.float() - low) * per_unit
+    number = place.int()
+    t, at = place - number, number + first
+    values = [((table[at, 3] * t + table[at, 2]) * t + table[at, 1]) * t + table[at, 0] for table in tables]
+    target.copy_(values[0] * factor[0] + values[1] if factor else values[0])
