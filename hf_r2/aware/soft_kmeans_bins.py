@@ -13,6 +13,9 @@ from torch import Tensor
 MOST_BINS = 1 << 16
 """What a 16-bit number tells apart."""
 
+CROWD = 1 / 64
+"""Share of a row's elements: over more in one bin, a float32 sum would lose digits."""
+
 _PIECE, COUNTED_PIECE = 1 << 15, 1 << 17
 """Elements of a piece: what repays the calls, and stays near a core with what is looked up for it. Counting looks up
 nothing, and starts with a histogram of all bins: it takes more."""
@@ -61,7 +64,7 @@ class Bins(NamedTuple):
 
     def middles(self) -> Tensor:
         """Middles of the bins, `(groups, bins)` in float32."""
-        return self.low + (torch.arange(self.count) + 0.5) / self.per_unit
+        return self.low + (torch.arange(self.count, dtype=torch.float32) + 0.5) / self.per_unit
 
     def assign(self, pieces: Iterable[tuple[Tensor, Tensor]], moments: bool) -> tuple[Tensor, Tensor]:
         """Write the number of every element's bin, as [`unsigned`] reads it.
@@ -74,7 +77,7 @@ class Bins(NamedTuple):
             How many elements each bin holds, and the sums of their distances from its middle, in bins, or zeros;
             `(groups, bins)`, float32.
         """
-        counts, firsts = torch.zeros(2, len(self.low), self.count).unbind()
+        counts, firsts = torch.zeros(2, len(self.low), self.count, dtype=torch.float32).unbind()
         scratch = Scratch()
         for piece, target in pieces:
             place = self.place(piece, scratch)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_r2.aware.soft_kmeans_bins import (
     COUNTED_PIECE,
+    CROWD,
     Bins,
     LookUp,
     Scratch,
@@ -18,9 +19,6 @@ from hf_r2.aware.soft_kmeans_bins import (
 from hf_r2.aware.soft_kmeans_nodes import Nodes
 from hf_r2.aware.soft_kmeans_steps import Scaled, Step
 from hf_r2.fusing import fused
-
-_CROWD = 1 / 64
-"""Share of a row's elements: float32 sums over more in one bin would lose digits."""
 
 
 class CubicTable(NamedTuple):
@@ -42,14 +40,14 @@ class CubicTable(NamedTuple):
     def run(cls, block: Tensor, start: Tensor, scaled: Scaled, low: Tensor, high: Tensor, count: int) -> "CubicTable":
         """Cut the elements of a block into a number of bins and run soft k-means on them; see [`tabulate`]."""
         bins = Bins.of(low, high, count)
-        number = torch.arange(-1, count + 2)
+        number = torch.arange(-1, count + 2, dtype=torch.float64)
         points = scaled.inward((bins.low.double() + number / bins.per_unit.double())[:, None])
         points = points.to(scaled.arithmetic(block))
         weights, crowded = torch.empty_like(points), False
         for rows, pieces in bands_of(block, size=COUNTED_PIECE):
             own, parts = bins.of_groups(rows), list(pieces)
             sums = own.powers(parts, torch.float32)
-            if sums[0].max().item() > block.shape[1] * _CROWD:
+            if sums[0].max().item() > block.shape[1] * CROWD:
                 crowded, sums = True, own.powers(parts, torch.float64)
             weights[rows] = _to_nodes(sums)
         nodes = Nodes(points, weights, scaled)
@@ -113,7 +111,7 @@ def _shares() -> Tensor:
         [0.5, -1, 0.5, 0],
         [-sixths, 0.5, -0.5, sixths],
     ]
-    return torch.tensor(powers, device="cpu")
+    return torch.tensor(powers, dtype=torch.float32, device="cpu")
 
 
 class Cubics:

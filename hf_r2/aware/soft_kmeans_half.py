@@ -89,7 +89,7 @@ class DistinctSoftKMeans(torch.autograd.Function):
         for _, pieces in bands_of(block, grad, size=COUNTED_PIECE):
             for piece, part in pieces:
                 sums += histogram(_patterns(piece, scratch), part.double(), MOST_BINS)[0]
-        table = torch.zeros(1, MOST_BINS, 2)
+        table = torch.zeros(1, MOST_BINS, 2, dtype=torch.float32)
         table[0, pattern, 0] = slopes.float()
         table[0, pattern, 1] = nodes.gradient(steps, sums[pattern][None, None], ctx.implicit)[0, 0].float()
         result = torch.empty(block.shape, dtype=block.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_r2.aware.soft_kmeans_bins import (
     COUNTED_PIECE,
+    CROWD,
     MOST_BINS,
     Bins,
     LookUp,
@@ -31,9 +32,8 @@ BINS_PER_NODE = 8
 _MANY = 1 << 18
 """Of this many elements, where in its bin each lies averages out in sums."""
 
-_SPIKE, _CROWD = 1 / 1024, 1 / 64
-"""Shares of the elements: more in one bin may be a spike, whose place in it matters; of even more, a float32 sum would
-lose digits."""
+_SPIKE = 1 / 1024
+"""Share of a row's elements: more in one bin may be a spike, whose place in it matters."""
 
 
 class LineTable(NamedTuple):
@@ -59,7 +59,10 @@ class LineTable(NamedTuple):
     def run(cls, block: Tensor, start: Tensor, scaled: Scaled, low: Tensor, high: Tensor, count: int) -> "LineTable":
         """Cut the elements of a block into a number of bins and run soft k-means on them; see [`tabulate`]."""
         bins = Bins.of(low, high, count)
-        index, offsets = torch.empty(block.shape, dtype=torch.int16), torch.empty(len(block), count)
+        index, offsets = (
+            torch.empty(block.shape, dtype=torch.int16),
+            torch.empty(len(block), count, dtype=torch.float32),
+        )
         points = scaled.inward(_node_values(bins)).to(scaled.arithmetic(block))
         weights, crowded, few = torch.empty_like(points), False, block.shape[1] < _MANY
         for rows, pieces in bands_of(block, index, size=COUNTED_PIECE):
@@ -70,7 +73,7 @@ class LineTable(NamedTuple):
                 counts, moments = own.assign(parts, moments=True)
             torch.div(moments, counts.clamp_min(1), out=offsets[rows])
             weights[rows] = to_nodes(counts, moments, offsets[rows])
-            crowded = crowded or most > _CROWD
+            crowded = crowded or most > CROWD
         nodes = Nodes(points, weights, scaled)
         return cls(index, bins, offsets, crowded, nodes, nodes.iterate(start))
 
@@ -112,7 +115,7 @@ class LineTable(NamedTuple):
 
 def _node_values(bins: Bins) -> Tensor:
     """Where the nodes lie, `(groups, 1, nodes)` in float64; see [`to_nodes`]."""
-    number = torch.arange(-2, bins.count // BINS_PER_NODE + 2) * BINS_PER_NODE
+    number = torch.arange(-2, bins.count // BINS_PER_NODE + 2, dtype=torch.float64) * BINS_PER_NODE
     return (bins.low.double() + (number + 0.5) / bins.per_unit.double())[:, None]
 
 
@@ -132,10 +135,10 @@ def to_nodes(values: Tensor, moments: Tensor, offsets: Tensor) -> Tensor:
     """
     groups, bins = values.shape
     cells = bins // BINS_PER_NODE
-    spread = torch.zeros(groups * cells, 4)
+    spread = torch.zeros(groups * cells, 4, dtype=torch.float32)
     for term, share in zip((values, moments, moments * offsets), _cubic_terms(), strict=True):
         spread.addmm_(term.view(-1, BINS_PER_NODE), share)
-    result = torch.zeros(groups, 1, cells + 4)
+    result = torch.zeros(groups, 1, cells + 4, dtype=torch.float32)
     for number, share in enumerate(spread.view(groups, cells, 4).unbind(-1)):
         result[:, 0, number + 1 : number + 1 + cells].add_(share)
     return result
@@ -149,7 +152,7 @@ def _cubic_terms() -> Tensor:
         Coefficients of the distance from the bin's middle, in bins, to the power 0, 1 and 2, for the bins between two
         nodes: `(powers, bins, 4)`.
     """
-    t = torch.arange(BINS_PER_NODE, device="cpu") / BINS_PER_NODE
+    t = torch.arange(BINS_PER_NODE, dtype=torch.float32, device="cpu") / BINS_PER_NODE
     before, after, second = t + 1, t - 1, t - 2
     shares = [t * after * second / -6, before * after * second / 2, before * t * second / -2, before * t * after / 6]
     slopes = [
@@ -190,7 +193,7 @@ def _line_terms(functions: int) -> Tensor:
         `(4 · functions, bins · functions · 2)` for the bins between two nodes.
     """
     terms = _cubic_terms()[:2].permute(2, 1, 0)  # nodes, bins, value and slope
-    separate = torch.eye(functions, device="cpu")[:, None, None, :, None] * terms[None, :, :, None]
+    separate = torch.eye(functions, dtype=torch.float32, device="cpu")[:, None, None, :, None] * terms[None, :, :, None]
     return separate.reshape(4 * functions, -1)
 
 

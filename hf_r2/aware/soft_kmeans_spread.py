@@ -43,7 +43,7 @@ def spread_of(block: Tensor) -> Spread:
 
 def _ends_and_means(block: Tensor) -> tuple[Tensor, ...]:
     """Read once: ends, mean and mean square. Sums of cells are taken in float32, then of these in float64."""
-    low, high = torch.empty(2, len(block)).unbind()
+    low, high = torch.empty(2, len(block), dtype=torch.float32).unbind()
     sums, squares = torch.empty(2, len(block), dtype=torch.float64).unbind()
     for rows, parts in bands_of(block, size=COUNTED_PIECE):
         ends, cells, norms = [], [], []

@@ -328,6 +328,29 @@ def test_every_path_has_the_implicit_gradient(dtype, n):
     assert (found - expected).norm() <= max(1e-4, torch.finfo(dtype).eps) * expected.norm()
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("block", "start"),
+    [
+        (normal(1, 1 << 15), spread_out(1, 4)),
+        (normal(3, 1 << 13), spread_out(3, 4)),
+        (normal(1, 1 << 17).half(), spread_out(1, 4)),
+        (normal(2, 1 << 10), spread_out(2, 4)),
+        (normal(2, 1 << 10), normal(2, 4, 3)),
+    ],
+    ids=["lines", "cubics", "fp16", "rows", "vectors"],
+)
+def test_the_default_dtype_of_torch_does_not_matter(default, block, start):
+    expected, before = step(block, start), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = step(block, start)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
