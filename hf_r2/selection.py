@@ -116,7 +116,8 @@ def select_trainable(
     if not kept:
         reason = "have a strength factor of 0" if trainable else "are frozen (requires_grad=False)"
         raise ValueError(f"all {len(selection)} selected weights of {type(model).__name__} {reason}")
-    return {name: selection[name] for name in kept}, torch.tensor([chosen[name] for name in kept]) if factors else None
+    wanted = torch.tensor([chosen[name] for name in kept], dtype=torch.float32) if factors else None
+    return {name: selection[name] for name in kept}, wanted
 
 
 def current_weights(selection: Mapping[str, tuple[nn.Module, str]]) -> list[Tensor]:

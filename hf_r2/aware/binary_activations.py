@@ -28,9 +28,9 @@ class BinaryInputs(InputQuantizer):
     def __init__(self, settings: ActivationSettings, by_token: bool) -> None:
         super().__init__(settings, by_token)
         if settings.moving_average != "off":
-            self.register_buffer("scales", torch.zeros(settings.bits))
-            self.register_buffer("mean", torch.zeros(()))
-            self.register_buffer("deviation", torch.ones(()))
+            self.register_buffer("scales", torch.zeros(settings.bits, dtype=torch.float32))
+            self.register_buffer("mean", torch.zeros((), dtype=torch.float32))
+            self.register_buffer("deviation", torch.ones((), dtype=torch.float32))
             self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     def quantized(self, inputs: Tensor) -> Tensor:

@@ -122,9 +122,9 @@ class DKM(Rounded):
         self.compiled = False
         shape = (weight.T if transpose else weight).shape
         size, _ = palette.codebook_like(shape, settings)["lut"]
-        for buffer in ("centroids", "first"):
-            self.register_buffer(buffer, torch.zeros(size, device=weight.device), persistent=False)
-        self.register_buffer("masses", torch.zeros(size[:2], device=weight.device), persistent=False)
+        for buffer, shape in {"centroids": size, "first": size, "masses": size[:2]}.items():
+            zeros = torch.zeros(shape, dtype=torch.float32, device=weight.device)
+            self.register_buffer(buffer, zeros, persistent=False)
 
     @torch.no_grad()
     def start(self, weight: Tensor) -> None:

@@ -1,6 +1,5 @@
 """DoReFa: weights squashed by tanh, inputs clipped to [0, 1] (Zhou et al., arXiv 1606.06160)."""
 
-import torch
 from torch import Tensor
 
 from hf_r2.aware.gradients import StraightThrough
@@ -27,7 +26,7 @@ class DoReFa(UniformWeight):
             return (block >= 0).float(), 2 * block.abs().mean(dim=1)
         steps = 2**self.settings.bits - 1
         squashed = normalized(block)
-        scale = torch.where(squashed.abs().amax(dim=1) > 0, 2 / steps, 0.0)
+        scale = (squashed.abs().amax(dim=1) > 0).to(block.dtype) * (2 / steps)
         return ((squashed + 1) / 2 * steps).round(), scale
 
     def train_block(self, block: Tensor) -> Tensor:

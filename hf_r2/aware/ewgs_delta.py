@@ -29,7 +29,7 @@ def hessian_traces(loss: Tensor, tensors: Sequence[Tensor], probes: int = PROBES
         The loss's gradients in the tensors, of their shapes, and the traces, scalars.
     """
     gradients = torch.autograd.grad(loss, tensors, create_graph=True)
-    traces = [torch.zeros((), device=tensor.device) for tensor in tensors]
+    traces = [torch.zeros((), dtype=torch.float32, device=tensor.device) for tensor in tensors]
     for _ in range(probes):
         signs = [torch.randint_like(tensor, 2) * 2 - 1 for tensor in tensors]
         products = torch.autograd.grad(
@@ -59,7 +59,7 @@ def update_deltas(model: nn.Module, batches: Iterable[Mapping[str, Any]], probes
         ValueError: if the model computes no loss.
     """
     quantizers = [module for module in model.modules() if isinstance(module, EWGS | EWGSInputs)]
-    statistics = [torch.zeros(2, device=quantizer.delta.device) for quantizer in quantizers]
+    statistics = [torch.zeros(2, dtype=torch.float32, device=quantizer.delta.device) for quantizer in quantizers]
     buffers, training = [(buffer, buffer.clone()) for buffer in model.buffers()], model.training
     model.train()
     for batch in batches:

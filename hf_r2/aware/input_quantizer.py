@@ -54,7 +54,7 @@ class InputQuantizer(nn.Module):
         The first batches count alike, as no average is worth keeping before them.
         """
         self.batches += 1
-        return (1 / self.batches).clamp_min(0.0 if self.observing else 1 - self.settings.momentum)
+        return (1 / self.batches.float()).clamp_min(0.0 if self.observing else 1 - self.settings.momentum)
 
     def require_statistics(self, inputs: Tensor) -> None:
         """Raise a ValueError if no batch was seen; on a GPU, which would have to wait, nothing is checked."""

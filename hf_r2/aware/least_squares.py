@@ -39,7 +39,8 @@ class LeastSquares(Rounded):
         # A forward pass that is repeated (gradient checkpointing) must not sweep again
         self.advance = True
         size, _ = least_squares.codebook_like((weight.T if transpose else weight).shape, settings)["basis"]
-        self.register_buffer("basis", torch.zeros(size, device=weight.device), persistent=False)
+        zeros = torch.zeros(size, dtype=torch.float32, device=weight.device)
+        self.register_buffer("basis", zeros, persistent=False)
 
     @torch.no_grad()
     def start(self, weight: Tensor) -> None:

@@ -78,7 +78,7 @@ def code_limits(settings: CodecSettings) -> tuple[int, int]:
 
 def levels(codebook: dict[str, Tensor], settings: CodecSettings) -> Tensor:
     """List the values of all codes, float32 `(groups, 2^bits)`; infinity for a code that is not used."""
-    codes = torch.arange(2.0**settings.bits, device=codebook["scale"].device)
+    codes = torch.arange(2**settings.bits, dtype=torch.float32, device=codebook["scale"].device)
     table = (codes - offsets(codebook, settings)[:, None]) * codebook["scale"][:, None]
     return table.masked_fill(codes < code_limits(settings)[0], torch.inf)
 
@@ -211,9 +211,9 @@ def _least_squared_error(block: Tensor, full: Tensor, offset: Tensor, settings: 
             ]
         )
 
-    coarse = least + (1 - least) * torch.linspace(1, 0, _COARSE, device=block.device)[:, None] ** 1.5
+    coarse = least + (1 - least) * torch.linspace(1, 0, _COARSE, dtype=block.dtype, device=block.device)[:, None] ** 1.5
     index = errors(coarse).argmin(dim=0, keepdim=True)
     upper, lower = coarse.gather(0, (index - 1).clamp_min(0)), coarse.gather(0, (index + 1).clamp_max(_COARSE - 1))
-    between = lower + (upper - lower) * torch.linspace(0, 1, _FINE, device=block.device)[:, None]
+    between = lower + (upper - lower) * torch.linspace(0, 1, _FINE, dtype=block.dtype, device=block.device)[:, None]
     fine = torch.cat([coarse.gather(0, index), between])
     return fine.gather(0, errors(fine).argmin(dim=0, keepdim=True))[0] * full

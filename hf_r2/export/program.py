@@ -65,7 +65,7 @@ def example_inputs(model: PreTrainedModel, source: str, batch: int = 2, length: 
     architecture = type(model).__name__
     task = task_of_architecture(architecture)
     if task == "image-classification":
-        pixels = torch.zeros(batch, *_image_shape(model.config, source))
+        pixels = torch.zeros(batch, *_image_shape(model.config, source), dtype=torch.float32)
         return ExampleInputs({"pixel_values": pixels}, {"pixel_values": {0: "batch"}})
     if task is not None:
         names = ["input_ids", "attention_mask"]

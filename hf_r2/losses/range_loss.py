@@ -216,7 +216,7 @@ class RangeLoss(nn.Module):
             values = run([first_temperature(weight) for weight in weights])
         else:
             counts = [sum(group_counts(weight.shape, self.grain)) for weight in weights]
-            values = [torch.full((count,), float(temperature)) for count in counts]
+            values = [torch.full((count,), temperature, dtype=torch.float32) for count in counts]
         return {
             _key(name): nn.Parameter(value.float().to(weight.tensor.device))
             for name, value, weight in zip(self.selection, values, weights, strict=True)
@@ -256,7 +256,7 @@ def _gradient_of(weight: Tensor) -> Tensor:
 
 def _norm(gradient: Tensor | None) -> Tensor:
     if gradient is None:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 

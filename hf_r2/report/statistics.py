@@ -144,7 +144,7 @@ class Values:
     def sqnr(self, bits: int) -> float:
         """Return the SQNR in dB of what the uniform codec makes of the weight, with one symmetric min-max grid."""
         settings = CodecSettings("uniform", bits, "tensor")
-        scale, _ = grid_of(torch.tensor([self._low]).float(), torch.tensor([self._high]).float(), settings)
+        scale, _ = grid_of(*torch.tensor([[self._low], [self._high]], dtype=torch.float32), settings)
         offset = symmetric_offset(settings)
         signal = noise = 0.0
         for values, times in self:

@@ -37,7 +37,7 @@ class CrestTarget:
     def __init__(self, restriction: RangeLoss | RangeProjection, target: float) -> None:
         self.restriction = restriction
         self.target = target
-        self.state = torch.full((len(restriction.selection),), math.log(FIRST_STRENGTH))
+        self.state = torch.full((len(restriction.selection),), math.log(FIRST_STRENGTH), dtype=torch.float32)
         self.strengths = self.state.exp()
 
     @torch.no_grad()
@@ -51,7 +51,7 @@ class CrestTarget:
 
     def _highest(self, learning_rate: float) -> Tensor:
         if isinstance(self.restriction, RangeProjection):  # however long, its steps end at a common level
-            return torch.tensor(LIMITS[1])
+            return torch.tensor(LIMITS[1], dtype=torch.float32)
         step = learning_rate * self.restriction.gradient_peaks()
         if self.restriction.factors is not None:
             step = step * self.restriction.factors.to(step)
@@ -71,7 +71,7 @@ class GradientRatioTarget:
     def __init__(self, restriction: RangeLoss, target: float) -> None:
         self.restriction = restriction
         self.target = target
-        self.state = torch.zeros(len(restriction.selection))
+        self.state = torch.zeros(len(restriction.selection), dtype=torch.float32)
         self.strengths = self.state
 
     @torch.no_grad()
