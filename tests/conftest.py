@@ -41,6 +41,21 @@ def interpreted_kernels(monkeypatch):
     monkeypatch.setattr(stacking, "can_be_tiled", lambda tensor: tensor.dtype != torch.float64)
 
 
+@pytest.fixture(params=[torch.bfloat16, torch.float64], ids=str)
+def default_dtype(request):
+    """Call a function with another default dtype."""
+
+    def call(function, *args):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(request.param)
+        try:
+            return function(*args)
+        finally:
+            torch.set_default_dtype(before)
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def hub_socket():
     """The address that the client believes to be the Hub's, held from the start so that no other process takes it."""

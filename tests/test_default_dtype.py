@@ -20,21 +20,6 @@ def layer():
     return nn.Linear(64, 48)
 
 
-@pytest.fixture(params=[torch.bfloat16, torch.float64], ids=str)
-def default_dtype(request):
-    """Call a function with another default dtype."""
-
-    def call(function, *args):
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(request.param)
-        try:
-            return function(*args)
-        finally:
-            torch.set_default_dtype(before)
-
-    return call
-
-
 def assert_identical(found, expected):
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype

@@ -70,6 +70,15 @@ def test_what_is_not_finite_is_seen_in_any_chunk(monkeypatch, place, bad):
     assert math.isnan(top) if math.isnan(bad) else top == math.inf
 
 
+@pytest.mark.parametrize("bad", [3.0, math.nan, -math.inf])
+def test_several_threads_find_the_same(monkeypatch, bad):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    block = torch.linspace(-2, 1, 1000)[None].contiguous()
+    block[0, 500] = bad
+    top = search_largest([block]).tops().item()
+    assert math.isnan(top) if math.isnan(bad) else top == abs(bad)
+
+
 def test_blocks_without_elements_have_no_largest():
     searched = search_largest([torch.zeros(1, 0), torch.tensor([[1.0, -2.0]])])
     assert searched.tops().tolist() == [0, 2]

@@ -136,9 +136,9 @@ class Bins(NamedTuple):
         return result
 
 
-def piece_size() -> int:
-    """Elements of a piece that something is looked up for, by all threads."""
-    return min(_PIECE * torch.get_num_threads(), COUNTED_PIECE)
+def piece_size(least: int = 0) -> int:
+    """Elements of a piece that something is looked up for, by all threads; or as many as it must have."""
+    return max(least, min(_PIECE * torch.get_num_threads(), COUNTED_PIECE))
 
 
 def bands_of(*parts: Tensor, size: int) -> Iterator[tuple[slice, Iterator[tuple[Tensor, ...]]]]:

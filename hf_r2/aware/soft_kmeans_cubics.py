@@ -1,6 +1,5 @@
 """Tables for rows that are not long: functions that are a cubic between two nodes, in a bin as wide."""
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from hf_r2.aware.soft_kmeans_bins import (
     piece_size,
     tell_apart_,
 )
+from hf_r2.aware.soft_kmeans_interpolation import add_to_nodes, around_cells, cubic_shares, node_numbers
 from hf_r2.aware.soft_kmeans_nodes import Nodes
 from hf_r2.aware.soft_kmeans_steps import Scaled, Step
 from hf_r2.fusing import fused
@@ -27,7 +27,7 @@ class CubicTable(NamedTuple):
     Args:
         bins: of all groups.
         crowded: whether sums over a bin are taken in float64.
-        nodes: at the ends of the bins, and one before the first and after the last.
+        nodes: a bin apart, see `hf_r2.aware.soft_kmeans_interpolation`.
         steps: the iterations.
     """
 
@@ -40,8 +40,7 @@ class CubicTable(NamedTuple):
     def run(cls, block: Tensor, start: Tensor, scaled: Scaled, low: Tensor, high: Tensor, count: int) -> "CubicTable":
         """Cut the elements of a block into a number of bins and run soft k-means on them; see [`tabulate`]."""
         bins = Bins.of(low, high, count)
-        number = torch.arange(-1, count + 2, dtype=torch.float64)
-        points = scaled.inward((bins.low.double() + number / bins.per_unit.double())[:, None])
+        points = scaled.inward((bins.low.double() + node_numbers(count) / bins.per_unit.double())[:, None])
         points = points.to(scaled.arithmetic(block))
         weights, crowded = torch.empty_like(points), False
         for rows, pieces in bands_of(block, size=COUNTED_PIECE):
@@ -71,11 +70,11 @@ class CubicTable(NamedTuple):
 
     def write(self, target: Tensor, values: Tensor, compiled: bool, block: Tensor, *factor: Tensor) -> None:
         """See [`LineTable.write`]."""
-        cubics, size = (FusedCubics(), block.shape[1]) if compiled else (Cubics(), 0)
-        for rows, pieces in bands_of(target, block, *factor, size=max(size, piece_size())):
+        write = write_fused if compiled else Cubics().write
+        for rows, pieces in bands_of(target, block, *factor, size=piece_size(block.shape[1] if compiled else 0)):
             tables = _coefficients(values[rows])
             for piece in pieces:
-                cubics.write(tables, self.bins.of_groups(rows), *piece)
+                write(tables, self.bins.of_groups(rows), *piece)
 
 
 def _to_nodes(sums: Tensor) -> Tensor:
@@ -85,33 +84,14 @@ def _to_nodes(sums: Tensor) -> Tensor:
         sums: of values times powers 0 to 3 of the places in a bin, `(4, groups, bins)`.
 
     Returns:
-        Values of the nodes, `(groups, 1, nodes)`; the first of them lies one before the first bin.
+        Values of the nodes, `(groups, 1, nodes)`.
     """
-    groups, bins = sums.shape[1:]
-    shares = torch.mm(_shares().to(sums.dtype).T, sums.view(4, -1)).view(4, groups, bins)
-    result = sums.new_zeros(groups, 1, bins + 3)
-    for number, share in enumerate(shares):
-        result[:, 0, number : number + bins] += share
-    return result
+    return add_to_nodes(torch.mm(cubic_shares().to(sums.dtype).T, sums.view(4, -1)).view_as(sums))
 
 
 def _coefficients(values: Tensor) -> list[Tensor]:
     """Interpolate functions `(groups, m, nodes)` by cubics: for each, coefficients `(groups, bins, 4)` in float32."""
-    around = values.float().unfold(2, 4, 1)
-    return [each.contiguous() for each in (around @ _shares().T).unbind(1)]
-
-
-@cache
-def _shares() -> Tensor:
-    """Shares of the four nodes around a bin in a value at t of its width: coefficients of t⁰ to t³, `(4, nodes)`."""
-    thirds, sixths = 1 / 3, 1 / 6
-    powers = [
-        [0, 1, 0, 0],
-        [-thirds, -0.5, 1, -sixths],
-        [0.5, -1, 0.5, 0],
-        [-sixths, 0.5, -0.5, sixths],
-    ]
-    return torch.tensor(powers, dtype=torch.float32, device="cpu")
+    return [each.contiguous() for each in (around_cells(values.float()) @ cubic_shares().T).unbind(1)]
 
 
 class Cubics:
@@ -143,13 +123,10 @@ class Cubics:
         target.copy_(result)
 
 
-class FusedCubics:
-    """The same in one pass without temporaries, by `torch.compile`."""
-
-    def write(self, tables: list[Tensor], bins: Bins, target: Tensor, piece: Tensor, *factor: Tensor) -> None:
-        """See [`Cubics.write`]."""
-        first = torch.arange(len(piece), dtype=torch.int32)[:, None] * bins.count
-        fused(_write)(target, [table.flatten(0, 1) for table in tables], first, bins.low, bins.per_unit, piece, *factor)
+def write_fused(tables: list[Tensor], bins: Bins, target: Tensor, piece: Tensor, *factor: Tensor) -> None:
+    """Do what [`Cubics.write`] does in one pass without temporaries, by `torch.compile`."""
+    first = torch.arange(len(piece), dtype=torch.int32)[:, None] * bins.count
+    fused(_write)(target, [table.flatten(0, 1) for table in tables], first, bins.low, bins.per_unit, piece, *factor)
 
 
 def _write(

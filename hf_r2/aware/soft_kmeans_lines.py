@@ -23,6 +23,7 @@ from hf_r2.aware.soft_kmeans_bins import (
     tell_apart_,
     unsigned,
 )
+from hf_r2.aware.soft_kmeans_interpolation import add_to_nodes, around_cells, cubic_shares, node_numbers
 from hf_r2.aware.soft_kmeans_nodes import Nodes
 from hf_r2.aware.soft_kmeans_steps import Scaled, Step
 from hf_r2.fusing import fused
@@ -106,16 +107,16 @@ class LineTable(NamedTuple):
             block: the elements.
             *factor: none or one.
         """
-        lines, size = (FusedLines(), block.shape[1]) if compiled else (Lines(), 0)
-        for rows, pieces in bands_of(target, self.index, block, *factor, size=max(size, piece_size())):
+        write, size = write_fused if compiled else Lines().write, piece_size(block.shape[1] if compiled else 0)
+        for rows, pieces in bands_of(target, self.index, block, *factor, size=size):
             table = _lines(values[rows], self.bins.of_groups(rows))
             for piece in pieces:
-                lines.write(table, *piece)
+                write(table, *piece)
 
 
 def _node_values(bins: Bins) -> Tensor:
     """Where the nodes lie, `(groups, 1, nodes)` in float64; see [`to_nodes`]."""
-    number = torch.arange(-2, bins.count // BINS_PER_NODE + 2, dtype=torch.float64) * BINS_PER_NODE
+    number = node_numbers(bins.count // BINS_PER_NODE) * BINS_PER_NODE
     return (bins.low.double() + (number + 0.5) / bins.per_unit.double())[:, None]
 
 
@@ -131,17 +132,14 @@ def to_nodes(values: Tensor, moments: Tensor, offsets: Tensor) -> Tensor:
         offsets: of the bins' means, see [`LineTable`].
 
     Returns:
-        Values of the nodes, `(groups, 1, nodes)`, float32; the first of them lies two before the first bin.
+        Values of the nodes, `(groups, 1, nodes)`, float32.
     """
     groups, bins = values.shape
     cells = bins // BINS_PER_NODE
     spread = torch.zeros(groups * cells, 4, dtype=torch.float32)
     for term, share in zip((values, moments, moments * offsets), _cubic_terms(), strict=True):
         spread.addmm_(term.view(-1, BINS_PER_NODE), share)
-    result = torch.zeros(groups, 1, cells + 4, dtype=torch.float32)
-    for number, share in enumerate(spread.view(groups, cells, 4).unbind(-1)):
-        result[:, 0, number + 1 : number + 1 + cells].add_(share)
-    return result
+    return add_to_nodes(spread.view(groups, cells, 4).permute(2, 0, 1))
 
 
 @cache
@@ -153,18 +151,11 @@ def _cubic_terms() -> Tensor:
         nodes: `(powers, bins, 4)`.
     """
     t = torch.arange(BINS_PER_NODE, dtype=torch.float32, device="cpu") / BINS_PER_NODE
-    before, after, second = t + 1, t - 1, t - 2
-    shares = [t * after * second / -6, before * after * second / 2, before * t * second / -2, before * t * after / 6]
-    slopes = [
-        (3 * t * t - 6 * t + 2) / -6,
-        (3 * t * t - 4 * t - 1) / 2,
-        (3 * t * t - 2 * t - 2) / -2,
-        t * t / 2 - 1 / 6,
-    ]
-    bends = [1 - t, 3 * t - 2, 1 - 3 * t, t]
-    scales = 1, 1 / BINS_PER_NODE, 1 / (2 * BINS_PER_NODE**2)
-    terms = [torch.stack(term, dim=1) * scale for term, scale in zip((shares, slopes, bends), scales, strict=True)]
-    return torch.stack(terms)
+    one, zero = torch.ones_like(t), torch.zeros_like(t)
+    derivatives = [[one, t, t * t, t**3], [zero, one, 2 * t, 3 * t * t], [zero, zero, 2 * one, 6 * t]]
+    factors = 1, 1 / BINS_PER_NODE, 1 / (2 * BINS_PER_NODE**2)
+    terms = [torch.stack(powers, dim=1) * factor for powers, factor in zip(derivatives, factors, strict=True)]
+    return torch.stack(terms) @ cubic_shares()
 
 
 def _lines(values: Tensor, bins: Bins) -> Tensor:
@@ -178,7 +169,7 @@ def _lines(values: Tensor, bins: Bins) -> Tensor:
         Constant and slope of every function in every bin, `(groups, bins, 2 m)`, float32.
     """
     groups, functions = values.shape[:2]
-    around = values.float().unfold(2, 4, 1)[:, :, 1:].transpose(1, 2).reshape(-1, 4 * functions)
+    around = around_cells(values.float()).transpose(1, 2).reshape(-1, 4 * functions)
     lines = (around @ _line_terms(functions)).view(groups, bins.count, functions, 2)
     slopes = lines[..., 1].mul_(bins.per_unit[..., None])
     lines[..., 0].addcmul_(slopes, bins.middles()[..., None], value=-1)
@@ -227,14 +218,11 @@ class Lines:
             target.copy_(torch.addcmul(constant, slope, piece))
 
 
-class FusedLines:
-    """The same in one pass without temporaries, by `torch.compile`."""
-
-    def write(self, table: Tensor, target: Tensor, numbers: Tensor, piece: Tensor, *factor: Tensor) -> None:
-        """See [`Lines.write`]."""
-        rows, bins, _ = table.shape
-        first = torch.arange(rows, dtype=torch.int32)[:, None] * bins
-        fused(_write)(target, table.flatten(0, 1), first, numbers, piece, *factor)
+def write_fused(table: Tensor, target: Tensor, numbers: Tensor, piece: Tensor, *factor: Tensor) -> None:
+    """Do what [`Lines.write`] does in one pass without temporaries, by `torch.compile`."""
+    rows, bins, _ = table.shape
+    first = torch.arange(rows, dtype=torch.int32)[:, None] * bins
+    fused(_write)(target, table.flatten(0, 1), first, numbers, piece, *factor)
 
 
 def _write(target: Tensor, table: Tensor, first: Tensor, numbers: Tensor, piece: Tensor, *factor: Tensor) -> None:

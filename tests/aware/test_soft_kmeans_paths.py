@@ -328,7 +328,6 @@ def test_every_path_has_the_implicit_gradient(dtype, n):
     assert (found - expected).norm() <= max(1e-4, torch.finfo(dtype).eps) * expected.norm()
 
 
-@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(
     ("block", "start"),
     [
@@ -340,13 +339,8 @@ def test_every_path_has_the_implicit_gradient(dtype, n):
     ],
     ids=["lines", "cubics", "fp16", "rows", "vectors"],
 )
-def test_the_default_dtype_of_torch_does_not_matter(default, block, start):
-    expected, before = step(block, start), torch.get_default_dtype()
-    torch.set_default_dtype(default)
-    try:
-        found = step(block, start)
-    finally:
-        torch.set_default_dtype(before)
+def test_the_default_dtype_of_torch_does_not_matter(default_dtype, block, start):
+    expected, found = step(block, start), default_dtype(step, block, start)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
 
